@@ -1,0 +1,63 @@
+# What can be done with a checkout. Everything is installed into VENV, on first use.
+#
+#   make demo                  runs the main job on this machine
+#   make test                  runs every test
+#   make check                 runs what continuous integration demands of a commit
+#   make parity PARITY=folder  compares with reference cases in a folder
+#   make clean                 removes .venv and everything built
+#
+# PYTHON=python3.12 chooses the interpreter, VENV=folder another environment, WORKERS=4 the
+# processes that run tests, ARGS="…" adds arguments to the command of `demo`, `test`, `parity`.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+ARGS ?=
+PARITY ?=
+
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+DEMO_READY := $(VENV)/.diffusion_jax-demo
+TEST_READY := $(VENV)/.diffusion_jax-test
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test check parity clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+demo: $(DEMO_READY)
+	$(BIN)/diffusion-jax demo $(ARGS)
+
+test: $(TEST_READY)
+	$(PYTEST) $(ARGS)
+
+check: $(TEST_READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+	$(PYTEST) -q -m "not slow"
+
+parity: $(TEST_READY)
+	@test -n "$(PARITY)" || { echo "make parity needs a folder of reference cases:" \
+		"make parity PARITY=folder"; exit 2; }
+	$(BIN)/python -m tests.parity "$(PARITY)" $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# pip is the last thing that venv creates, so an interrupted creation is taken up again.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or \
+		sys.exit(f"Python 3.11 or newer is needed, $(PYTHON) is {v}: make PYTHON=python3.12")'
+	@echo "Creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv "$(VENV)"
+
+# The command and its packages only, or also what the tests need.
+$(DEMO_READY): EXTRAS := demo
+$(TEST_READY): EXTRAS := demo,test
+$(DEMO_READY) $(TEST_READY): setup.py pyproject.toml | $(BIN)/pip
+	@echo "Installing diffusion_jax [$(EXTRAS)] into $(VENV); this takes some minutes once"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[$(EXTRAS)]"
+	@touch $(if $(findstring test,$(EXTRAS)),$(DEMO_READY)) $@

@@ -1,0 +1,1 @@
+"""The vocabulary and the arithmetic that every other package speaks."""

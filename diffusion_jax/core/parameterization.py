@@ -1,0 +1,138 @@
+"""Parameterizations: what the network's output means, as two functions each."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax.numpy as jnp
+
+from diffusion_jax.core.arrays import per_example
+from diffusion_jax.core.types import Array, NoiseLevel
+
+
+class Parameterization(Protocol):
+    """Two functions between the network's output and x0, and the scale of its input."""
+
+    def to_x0(self, output: Array, x: Array, level: NoiseLevel) -> Array:
+        """(network output, x_t, level) -> x0, all [B, ...]."""
+        ...
+
+    def target(self, x0: Array, eps: Array, level: NoiseLevel) -> Array:
+        """(x0, eps, level) -> what the network should say, [B, ...]."""
+        ...
+
+    def scale_input(self, x: Array, level: NoiseLevel) -> Array:
+        """(x_t, level) -> what the network is shown, [B, ...]."""
+        ...
+
+
+def _rates(level: NoiseLevel, x: Array) -> tuple[Array, Array]:
+    return per_example(level.alpha, x), per_example(level.sigma, x)
+
+
+@dataclass(frozen=True)
+class Eps:
+    """The network predicts the noise: x0 = (x_t - σ ε) / α.
+
+    Undefined where alpha = 0; use V or X0 with zero terminal SNR.
+
+    Source: Ho et al. 2020 (arXiv:2006.11239), eq. 12.
+    """
+
+    def to_x0(self, output: Array, x: Array, level: NoiseLevel) -> Array:
+        alpha, sigma = _rates(level, x)
+        return (x - sigma * output) / alpha
+
+    def target(self, x0: Array, eps: Array, level: NoiseLevel) -> Array:
+        del x0, level
+        return eps
+
+    def scale_input(self, x: Array, level: NoiseLevel) -> Array:
+        del level
+        return x
+
+
+@dataclass(frozen=True)
+class X0:
+    """The network predicts the clean data.
+
+    Source: Ho et al. 2020 (arXiv:2006.11239), section 3.2.
+    """
+
+    def to_x0(self, output: Array, x: Array, level: NoiseLevel) -> Array:
+        del x, level
+        return output
+
+    def target(self, x0: Array, eps: Array, level: NoiseLevel) -> Array:
+        del eps, level
+        return x0
+
+    def scale_input(self, x: Array, level: NoiseLevel) -> Array:
+        del level
+        return x
+
+
+@dataclass(frozen=True)
+class V:
+    """The network predicts v = α ε - σ x0, hence x0 = (α x_t - σ v) / (α² + σ²).
+
+    Source: Salimans & Ho 2022 (arXiv:2202.00512), section 4.
+    """
+
+    def to_x0(self, output: Array, x: Array, level: NoiseLevel) -> Array:
+        alpha, sigma = _rates(level, x)
+        return (alpha * x - sigma * output) / (alpha**2 + sigma**2)
+
+    def target(self, x0: Array, eps: Array, level: NoiseLevel) -> Array:
+        alpha, sigma = _rates(level, x0)
+        return alpha * eps - sigma * x0
+
+    def scale_input(self, x: Array, level: NoiseLevel) -> Array:
+        del level
+        return x
+
+
+@dataclass(frozen=True)
+class EDMPreconditioning:
+    """The network predicts F of D(x) = c_skip x + c_out F(c_in x), x = x_t / α.
+
+    With σ = σ_t / α_t and the data's standard deviation σ_d:
+    c_skip = σ_d² / (σ² + σ_d²), c_out = σ σ_d / √(σ² + σ_d²), c_in = 1 / √(σ² + σ_d²).
+    Input and target of F then have unit variance at every level.
+
+    Attributes:
+      sigma_data: σ_d.
+
+    Raises:
+      ValueError: if sigma_data is not positive.
+
+    Source: Karras et al. 2022 (arXiv:2206.00364), eq. 7 and table 1.
+    """
+
+    sigma_data: float = 0.5
+
+    def __post_init__(self):
+        if self.sigma_data <= 0.0:
+            raise ValueError(f"sigma_data must be positive, got {self.sigma_data}")
+
+    def _coefficients(self, level: NoiseLevel, x: Array) -> tuple[Array, Array, Array]:
+        alpha, sigma = _rates(level, x)
+        ratio = sigma / alpha
+        total = ratio**2 + self.sigma_data**2
+        return self.sigma_data**2 / total, ratio * self.sigma_data / jnp.sqrt(total), alpha
+
+    def to_x0(self, output: Array, x: Array, level: NoiseLevel) -> Array:
+        c_skip, c_out, alpha = self._coefficients(level, x)
+        return c_skip * (x / alpha) + c_out * output
+
+    def target(self, x0: Array, eps: Array, level: NoiseLevel) -> Array:
+        c_skip, c_out, alpha = self._coefficients(level, x0)
+        noisy = x0 + per_example(level.sigma, x0) / alpha * eps
+        return (x0 - c_skip * noisy) / c_out
+
+    def scale_input(self, x: Array, level: NoiseLevel) -> Array:
+        alpha, sigma = _rates(level, x)
+        # 1 / (α √(σ²/α² + σ_d²)), written so that α = 0 is no special case.
+        return x / jnp.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
+
+
+PARAMETERIZATIONS = {"eps": Eps, "x0": X0, "v": V, "edm": EDMPreconditioning}

@@ -1,0 +1,105 @@
+"""The vocabulary: the records and function types that the whole library speaks."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+if TYPE_CHECKING:
+    from diffusion_jax.core.condition import Condition
+
+Array = jax.Array | np.ndarray
+Key = jax.Array
+Params = Mapping[str, Any]
+Batch = Mapping[str, Array]
+Metrics = Mapping[str, Array]
+
+
+class NoiseLevel(NamedTuple):
+    """One point of the path x_t = alpha · x0 + sigma · eps.
+
+    A sampler reads alpha and sigma only; `t` is what the network is told. All three
+    have the shape [] (one level for the whole batch) or [B].
+
+    Attributes:
+      t: the time in the unit that the network was trained with.
+      alpha: signal rate, in [0, 1].
+      sigma: noise rate, at least 0; alpha² + sigma² = 1 for variance-preserving schedules.
+    """
+
+    t: Array
+    alpha: Array
+    sigma: Array
+
+
+class Prediction(NamedTuple):
+    """What a denoiser says about x_t.
+
+    Attributes:
+      x0: [B, ...] float32 estimate of the clean data.
+      var_frac: [B, ...] position of the log variance between log β̃ (0) and log β (1), or
+        None where the network learned no variance.
+    """
+
+    x0: Array
+    var_frac: Array | None = None
+
+
+class DenoiseFn(Protocol):
+    """A network bound to its parameters, as a function of x_t."""
+
+    def __call__(self, x: Array, level: NoiseLevel, cond: "Condition") -> Prediction: ...
+
+
+class Network(Protocol):
+    """A linen module's apply with the module bound and the parameters free.
+
+    `keys` [B] are given in training only and switch dropout on: example i loses the same
+    units whatever the batch size or the number of devices.
+    """
+
+    def __call__(
+        self, params: Params, x: Array, t: Array, cond: "Condition", *, keys: Key | None = None
+    ) -> Array: ...
+
+
+class LossFn(Protocol):
+    """(params, batch, keys [B]) -> (mean loss [], metrics [] each); keys are one per example."""
+
+    def __call__(self, params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]: ...
+
+
+PathPredicate = Callable[[tuple[str, ...]], bool]
+
+
+class DataIterator(Protocol):
+    """Batches that can be left and taken up again."""
+
+    def __next__(self) -> Batch: ...
+
+    def get_state(self) -> Mapping[str, Any]:
+        """JSON-serialisable position, to be stored in a checkpoint."""
+        ...
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Moves to a position that `get_state` returned."""
+        ...
+
+
+class Checkpointer(Protocol):
+    """Durable storage of a training state and the position of its data."""
+
+    def latest_step(self) -> int | None: ...
+
+    def save(self, step: int, state: Any, data_state: Mapping[str, Any]) -> None: ...
+
+    def restore(self, state: Any, step: int | None = None) -> tuple[Any, Mapping[str, Any]]: ...
+
+
+class Logger(Protocol):
+    """Where numbers and pictures of a run go."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None: ...

@@ -1,0 +1,5 @@
+"""Data: configurations by name; sources and iterators are imported when they are used."""
+
+from diffusion_jax.data.pipeline import TFDS, Digits, Folder, ShapesData
+
+DATASETS = {"digits": Digits, "shapes": ShapesData, "folder": Folder, "tfds": TFDS}

@@ -1,0 +1,1 @@
+"""Reading and writing: checkpoints, logs and weights of other libraries."""

@@ -1,0 +1,215 @@
+"""Attention: the function, the multi-head module over tokens, the block over pixels."""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax.core.types import Array
+from diffusion_jax.models.blocks import GroupNorm, default_init, zeros_init
+
+Implementation = Literal["plain", "tiled", "xla", "cudnn"]
+
+# Above this size of all logits, writing them to memory costs a CPU more than a loop does.
+TILE_ABOVE_BYTES = 32 * 2**20
+
+
+def _choose(q: Array, k: Array) -> Implementation:
+    backend = jax.default_backend()
+    if backend == "cpu":
+        batch, queries, heads, _ = q.shape
+        logit_bytes = 4 * batch * heads * queries * k.shape[1]
+        return "tiled" if logit_bytes > TILE_ABOVE_BYTES and batch * heads > 1 else "plain"
+    # The limits of cuDNN's flash attention: Ampere or newer, half precision, small heads.
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    if backend == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+        capability = getattr(jax.devices()[0], "compute_capability", "0")
+        if str(capability).replace(".", "").isdigit() and float(capability) >= 8.0:
+            return "cudnn"
+    return "xla"
+
+
+def _one_head(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """q, k, v: [..., N, D]; mask broadcastable to the logits."""
+    # Half of the scale on each side keeps the logits inside the range of half precision.
+    scale = q.shape[-1] ** -0.25
+    logits = jnp.einsum(
+        "...qd,...kd->...qk", q * scale, k * scale, preferred_element_type=jnp.float32
+    )
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("...qk,...kd->...qd", weights, v)
+
+
+def _plain(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    heads_first = [jnp.swapaxes(a, 1, 2) for a in (q, k, v)]
+    return jnp.swapaxes(_one_head(*heads_first, mask), 1, 2)
+
+
+def _tiled(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """One head of one example at a time, so that its logits stay in the cache."""
+    batch, _, heads, _ = q.shape
+    masks = None if mask is None else jnp.asarray(mask)
+
+    def flat(a):
+        return jnp.swapaxes(a, 1, 2).reshape((batch * heads,) + (a.shape[1], a.shape[3]))
+
+    # Recomputed in the backward pass: stored logits are what tiling avoids.
+    @jax.checkpoint
+    def one(args):
+        index, q_i, k_i, v_i = args
+        mask_i = None
+        if masks is not None:
+            example = index // heads if masks.shape[0] > 1 else 0
+            head = index % heads if masks.shape[1] > 1 else 0
+            mask_i = masks[example, head]
+        return _one_head(q_i, k_i, v_i, mask_i)
+
+    out = jax.lax.map(one, (jnp.arange(batch * heads), flat(q), flat(k), flat(v)))
+    return jnp.swapaxes(out.reshape((batch, heads) + out.shape[1:]), 1, 2)
+
+
+def dot_product_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Array | None = None,
+    implementation: Implementation | None = None,
+) -> Array:
+    """softmax(q kᵀ / √D) v for every head, with a float32 softmax.
+
+    Args:
+      q: [B, N, H, D] queries.
+      k: [B, M, H, D] keys.
+      v: [B, M, H, D] values.
+      mask: bool, broadcastable to [B, H, N, M] and of that rank; True where a query may
+        attend to a key. Every query must be allowed at least one key.
+      implementation: "plain" holds all logits, "tiled" those of one head of one example,
+        "xla" and "cudnn" are JAX's own. None picks by platform and size. All agree to
+        rounding.
+
+    Returns:
+      [B, N, H, D] of v's dtype.
+
+    Raises:
+      ValueError: if the shapes do not fit or the implementation is unknown.
+
+    Source: Vaswani et al. 2017 (arXiv:1706.03762), eq. 1.
+    """
+    _check_shapes(q, k, v, mask)
+    implementation = _choose(q, k) if implementation is None else implementation
+    if implementation == "plain":
+        return _plain(q, k, v, mask)
+    if implementation == "tiled":
+        return _tiled(q, k, v, mask)
+    if implementation in ("xla", "cudnn"):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+    raise ValueError(
+        f"implementation must be plain, tiled, xla, cudnn or None, got {implementation!r}"
+    )
+
+
+def _check_shapes(q: Array, k: Array, v: Array, mask: Array | None) -> None:
+    fits = q.ndim == k.ndim == v.ndim == 4 and k.shape == v.shape
+    if not fits or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+        raise ValueError(
+            "q must have shape [B, N, H, D], k and v [B, M, H, D], "
+            f"got q {q.shape}, k {k.shape} and v {v.shape}"
+        )
+    if mask is None:
+        return
+    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    broadcasts = mask.ndim == 4 and all(m in (1, f) for m, f in zip(mask.shape, full, strict=True))
+    if mask.dtype != jnp.bool_ or not broadcasts:
+        raise ValueError(
+            f"mask must be bool of a shape that broadcasts to [B, H, N, M] = {full}, "
+            f"got {mask.dtype} of shape {mask.shape}"
+        )
+
+
+class Attention(nn.Module):
+    """Multi-head attention over tokens, of a sequence to itself or to another one.
+
+    Attributes:
+      num_heads: must divide the width of the tokens.
+      out_init: initializer of the output projection.
+      dtype: dtype of activations.
+      param_dtype: dtype of the parameters.
+
+    Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.2.2.
+    """
+
+    num_heads: int
+    out_init: nn.initializers.Initializer = default_init
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Array, context: Array | None = None, *, mask: Array | None = None
+    ) -> Array:
+        """Attends from x to context.
+
+        Args:
+          x: [B, N, C] tokens that ask.
+          context: [B, M, D] tokens that answer; None for x itself.
+          mask: bool, broadcastable to [B, H, N, M]; True where x may attend.
+
+        Returns:
+          [B, N, C].
+
+        Raises:
+          ValueError: if C is no multiple of `num_heads`.
+        """
+        width = x.shape[-1]
+        if width % self.num_heads:
+            raise ValueError(
+                f"the width of the tokens must be a multiple of num_heads = {self.num_heads}, "
+                f"got {width}"
+            )
+        context = x if context is None else context
+        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        def heads(name, tokens):
+            h = nn.Dense(width, kernel_init=default_init, name=name, **options)(tokens)
+            return h.reshape(h.shape[:2] + (self.num_heads, width // self.num_heads))
+
+        q, k, v = heads("query", x), heads("key", context), heads("value", context)
+        h = dot_product_attention(q, k, v, mask=mask).reshape(x.shape)
+        return nn.Dense(width, kernel_init=self.out_init, name="out", **options)(h)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention between all pixels of an image, as a residual.
+
+    The output projection starts at zero, so that a new block is the identity.
+
+    Attributes:
+      num_heads: must divide the number of channels.
+      norm_groups: groups of the norm.
+      norm_eps: epsilon of the norm.
+      dtype: dtype of activations.
+      param_dtype: dtype of the parameters.
+
+    Source: Ho et al. 2020 (arXiv:2006.11239), appendix B; Dhariwal & Nichol 2021
+    (arXiv:2105.05233), section 3 for several heads.
+    """
+
+    num_heads: int
+    norm_groups: int
+    norm_eps: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x: [B, H, W, C] -> [B, H, W, C]."""
+        batch, height, width, channels = x.shape
+        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        h = GroupNorm(self.norm_groups, self.norm_eps, name="norm", **options)(x)
+        h = h.reshape(batch, height * width, channels)
+        h = Attention(self.num_heads, zeros_init, name="attention", **options)(h)
+        return x + h.reshape(x.shape)

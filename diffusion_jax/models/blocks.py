@@ -1,0 +1,233 @@
+"""Building blocks of convolutional networks: norm, dropout, residual block, resampling."""
+
+import zlib
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax.core.arrays import fold_in_each
+from diffusion_jax.core.types import Array, Key
+
+default_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+zeros_init = nn.initializers.zeros_init()
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask for example i depends on keys[i] and the module's path alone.
+
+    So an example loses the same units whatever the batch or the number of devices.
+
+    Attributes:
+      rate: probability of losing a unit, in [0, 1).
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Array, keys: Key | None) -> Array:
+        """Drops units and scales the others by 1 / (1 - rate).
+
+        Args:
+          x: [B, ...].
+          keys: [B], one per example; None outside of training, for the identity.
+
+        Returns:
+          [B, ...].
+
+        Raises:
+          ValueError: if `rate` is outside [0, 1).
+        """
+        if not 0.0 <= self.rate < 1.0:
+            raise ValueError(f"the dropout rate must lie in [0, 1), got {self.rate}")
+        if keys is None or self.rate == 0.0:
+            return x
+        salt = np.uint32(zlib.crc32("/".join(self.path).encode()))
+        keep = 1.0 - self.rate
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x.shape[1:]))(
+            fold_in_each(keys, salt)
+        )
+        return jnp.where(kept, x / keep, jnp.zeros_like(x))
+
+
+class GroupNorm(nn.Module):
+    """Group normalization over space and the channels of a group, computed in float32.
+
+    y = (x - mean) / √(var + eps) · scale + bias.
+
+    Attributes:
+      groups: number of groups; must divide the number of channels.
+      eps: added to the variance.
+      dtype: dtype of the result.
+      param_dtype: dtype of the parameters.
+
+    Source: Wu & He 2018 (arXiv:1803.08494), eq. 1, 2 and 7.
+    """
+
+    groups: int
+    eps: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x: [B, ..., C] -> [B, ..., C] of `dtype`."""
+        channels = x.shape[-1]
+        if channels % self.groups:
+            raise ValueError(
+                f"the number of channels must be a multiple of the {self.groups} groups of the "
+                f"norm, got {channels}; change norm_groups or the channels"
+            )
+        scale = self.param("scale", nn.initializers.ones_init(), (channels,), self.param_dtype)
+        bias = self.param("bias", zeros_init, (channels,), self.param_dtype)
+        per_channel = (1,) * (x.ndim - 1) + (channels,)
+        h = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
+        # Two passes: E[x²] - E[x]² loses the small variance of a channel with a large mean.
+        h = h - h.mean((1, 3), keepdims=True)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean((1, 3), keepdims=True) + self.eps)
+        h = h.reshape(x.shape) * scale.reshape(per_channel) + bias.reshape(per_channel)
+        return h.astype(self.dtype)
+
+
+def average_pool(x: Array) -> Array:
+    """Mean of 2x2 pixels, [B, 2H, 2W, C] -> [B, H, W, C]."""
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+
+
+def nearest_upsample(x: Array) -> Array:
+    """Every pixel four times, [B, H, W, C] -> [B, 2H, 2W, C]."""
+    batch, height, width, channels = x.shape
+    repeated = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
+    return repeated.reshape(batch, 2 * height, 2 * width, channels)
+
+
+class Downsample(nn.Module):
+    """Halves the resolution by a 3x3 convolution of stride 2 that keeps the channels.
+
+    Attributes:
+      padding: "symmetric" pads one pixel on every side, "asymmetric" only below and to
+        the right, as DDPM and the autoencoders of latent diffusion do.
+      dtype: dtype of activations.
+      param_dtype: dtype of the parameters.
+
+    Source: Ho et al. 2020 (arXiv:2006.11239), appendix B.
+    """
+
+    padding: Literal["symmetric", "asymmetric"] = "symmetric"
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x: [B, 2H, 2W, C] -> [B, H, W, C]."""
+        pad = (1, 1) if self.padding == "symmetric" else (0, 1)
+        return nn.Conv(
+            x.shape[-1],
+            (3, 3),
+            strides=2,
+            padding=(pad, pad),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=default_init,
+            name="conv",
+        )(x)
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution by repeating pixels, followed by a 3x3 convolution.
+
+    Attributes:
+      dtype: dtype of activations.
+      param_dtype: dtype of the parameters.
+
+    Source: Ho et al. 2020 (arXiv:2006.11239), appendix B.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x: [B, H, W, C] -> [B, 2H, 2W, C]."""
+        return nn.Conv(
+            x.shape[-1],
+            (3, 3),
+            padding=1,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=default_init,
+            name="conv",
+        )(nearest_upsample(x))
+
+
+class ResBlock(nn.Module):
+    """Residual block that is told the time: norm, SiLU, conv, twice.
+
+    The time is added after the first convolution, or scales and shifts the second norm.
+    `resample` changes the resolution inside the block, between the first SiLU and the first
+    convolution. The last convolution starts at zero, so that a new block is its own shortcut.
+
+    Attributes:
+      channels: channels of the result; a 1x1 convolution adapts the shortcut to them.
+      norm_groups: groups of both norms.
+      norm_eps: epsilon of both norms.
+      dropout: rate before the last convolution, in [0, 1).
+      scale_shift: scale and shift the second norm instead of adding.
+      resample: "down" or "up" to halve or double the resolution, None to keep it.
+      dtype: dtype of activations.
+      param_dtype: dtype of the parameters.
+
+    Source: Ho et al. 2020 (arXiv:2006.11239), appendix B; Dhariwal & Nichol 2021
+    (arXiv:2105.05233), section 3 for `scale_shift` and `resample`.
+    """
+
+    channels: int
+    norm_groups: int
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    scale_shift: bool = False
+    resample: Literal["down", "up"] | None = None
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, emb: Array, keys: Key | None = None) -> Array:
+        """Applies the block.
+
+        Args:
+          x: [B, H, W, C].
+          emb: [B, E] embedding of the time.
+          keys: [B], given in training only.
+
+        Returns:
+          [B, H', W', channels]; H' is H, H/2 or 2H, as `resample` says.
+        """
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = {"groups": self.norm_groups, "eps": self.norm_eps, **types}
+        conv = {"features": self.channels, "padding": 1, **types}
+        change = {"down": average_pool, "up": nearest_upsample, None: lambda a: a}[self.resample]
+
+        h = nn.silu(GroupNorm(name="norm_1", **norm)(x))
+        x, h = change(x), change(h)
+        h = nn.Conv(kernel_size=(3, 3), kernel_init=default_init, name="conv_1", **conv)(h)
+
+        width = self.channels * (2 if self.scale_shift else 1)
+        emb = nn.silu(emb.astype(self.dtype))
+        emb = nn.Dense(width, kernel_init=default_init, name="time", **types)(emb)
+        emb = emb[:, None, None, :]
+        if self.scale_shift:
+            scale, shift = jnp.split(emb, 2, axis=-1)
+            h = GroupNorm(name="norm_2", **norm)(h) * (1.0 + scale) + shift
+        else:
+            h = GroupNorm(name="norm_2", **norm)(h + emb)
+
+        h = Dropout(self.dropout, name="dropout")(nn.silu(h), keys)
+        h = nn.Conv(kernel_size=(3, 3), kernel_init=zeros_init, name="conv_2", **conv)(h)
+        if x.shape[-1] != self.channels:
+            x = nn.Conv(self.channels, (1, 1), kernel_init=default_init, name="shortcut", **types)(
+                x
+            )
+        return x.astype(self.dtype) + h

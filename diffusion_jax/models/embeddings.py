@@ -1,0 +1,169 @@
+"""Embeddings of the time: sinusoidal and Gaussian Fourier features, and the MLP behind them."""
+
+import math
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax.core.types import Array
+
+
+def sinusoidal_embedding(
+    t: Array,
+    dim: int,
+    *,
+    cos_first: bool = True,
+    freq_shift: int = 0,
+    max_period: float = 10000.0,
+    scale: float = 1.0,
+) -> Array:
+    """Sines and cosines of the time at geometrically spaced frequencies, in float32.
+
+    [cos(s·t·f_k), sin(s·t·f_k)],  f_k = max_period^(-k / (dim // 2 - freq_shift)).
+
+    Args:
+      t: [B] times in the unit that the network was trained with.
+      dim: width of the result; an odd width ends with a zero.
+      cos_first: cosines before sines (ADM, Stable Diffusion) or after them (DDPM).
+      freq_shift: 1 makes the last frequency exactly 1 / max_period (DDPM), 0 does not (ADM).
+      max_period: longest period divided by 2π.
+      scale: s, multiplies t; 1000 for times in [0, 1].
+
+    Returns:
+      [B, dim] float32.
+
+    Raises:
+      ValueError: if `t` is not one-dimensional or `dim` is too small for `freq_shift`.
+
+    Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.5; Ho et al. 2020
+    (arXiv:2006.11239), appendix B.
+    """
+    if jnp.ndim(t) != 1:
+        raise ValueError(f"t must have shape [B], got {jnp.shape(t)}")
+    half = dim // 2
+    if half - freq_shift < 1:
+        raise ValueError(f"dim must be at least {2 * freq_shift + 2}, got {dim}")
+    exponent = jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
+    frequencies = jnp.exp(-math.log(max_period) * exponent)
+    angles = scale * jnp.asarray(t, jnp.float32)[:, None] * frequencies[None]
+    waves = [jnp.cos(angles), jnp.sin(angles)]
+    embedding = jnp.concatenate(waves if cos_first else waves[::-1], axis=1)
+    return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
+
+
+@dataclass(frozen=True)
+class Sinusoidal:
+    """Options of `sinusoidal_embedding`.
+
+    Attributes:
+      cos_first: cosines before sines.
+      freq_shift: 0 or 1, subtracted from the number of frequencies in the exponent.
+      max_period: longest period divided by 2π.
+      scale: multiplies the time.
+
+    Raises:
+      ValueError: if `freq_shift` is not 0 or 1, or `max_period` is not above 1.
+    """
+
+    cos_first: bool = True
+    freq_shift: int = 0
+    max_period: float = 10000.0
+    scale: float = 1.0
+
+    def __post_init__(self):
+        if self.freq_shift not in (0, 1):
+            raise ValueError(f"freq_shift must be 0 or 1, got {self.freq_shift}")
+        if not self.max_period > 1.0:
+            raise ValueError(f"max_period must be above 1, got {self.max_period}")
+
+
+@dataclass(frozen=True)
+class Fourier:
+    """Options of `FourierFeatures`.
+
+    Attributes:
+      num_frequencies: half the width of the features.
+      scale: standard deviation of the random frequencies.
+      log: take the features of log t, as networks that are told the noise level σ do.
+
+    Raises:
+      ValueError: if `num_frequencies` < 1 or `scale` is not positive.
+    """
+
+    num_frequencies: int = 128
+    scale: float = 16.0
+    log: bool = True
+
+    def __post_init__(self):
+        if self.num_frequencies < 1:
+            raise ValueError(f"num_frequencies must be at least 1, got {self.num_frequencies}")
+        if not self.scale > 0.0:
+            raise ValueError(f"scale must be positive, got {self.scale}")
+
+
+class FourierFeatures(nn.Module):
+    """Sines and cosines at frequencies that were drawn once and are not trained.
+
+    [sin(2π·w·u), cos(2π·w·u)],  u = log t or t,  w ~ N(0, scale²).
+
+    Attributes:
+      config: number, scale and argument of the features.
+      param_dtype: dtype of the stored frequencies.
+
+    Source: Tancik et al. 2020 (arXiv:2006.10739); Song et al. 2021 (arXiv:2011.13456), appendix C.
+    """
+
+    config: Fourier
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, t: Array) -> Array:
+        """t: [B], positive where `config.log` -> [B, 2 · num_frequencies] float32."""
+        config = self.config
+        init = nn.initializers.normal(config.scale)
+        weight = self.param("weight", init, (config.num_frequencies,), self.param_dtype)
+        weight = jax.lax.stop_gradient(weight).astype(jnp.float32)
+        time = jnp.asarray(t, jnp.float32)
+        time = jnp.log(time) if config.log else time
+        angles = 2.0 * math.pi * time[:, None] * weight[None]
+        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+
+
+class TimeEmbedding(nn.Module):
+    """Features of the time followed by a two-layer SiLU MLP, all in float32.
+
+    Attributes:
+      features: which features.
+      channels: width of sinusoidal features; Fourier features bring their own.
+      embed_dim: width of the hidden layer and of the result.
+      param_dtype: dtype of the parameters.
+
+    Source: Ho et al. 2020 (arXiv:2006.11239), appendix B.
+    """
+
+    features: Sinusoidal | Fourier
+    channels: int
+    embed_dim: int
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, t: Array) -> Array:
+        """t: [B] -> [B, embed_dim] float32."""
+        features = self.features
+        if isinstance(features, Fourier):
+            h = FourierFeatures(features, param_dtype=self.param_dtype, name="fourier")(t)
+        else:
+            h = sinusoidal_embedding(
+                t,
+                self.channels,
+                cos_first=features.cos_first,
+                freq_shift=features.freq_shift,
+                max_period=features.max_period,
+                scale=features.scale,
+            )
+        # Half precision here would blur neighbouring times for a cost that nobody can measure.
+        options = {"dtype": jnp.float32, "param_dtype": self.param_dtype}
+        h = nn.silu(nn.Dense(self.embed_dim, name="dense_1", **options)(h))
+        return nn.Dense(self.embed_dim, name="dense_2", **options)(h)

@@ -1,0 +1,29 @@
+"""Samplers: pure steps from noise to data, and the loop that runs them."""
+
+from diffusion_jax.samplers.base import Sampler, SamplerState, StepInfo, initial_noise, sample
+from diffusion_jax.samplers.ddim import DDIM
+from diffusion_jax.samplers.ddpm import DDPM
+from diffusion_jax.samplers.dpm_solver import DPMSolverMultistep
+from diffusion_jax.samplers.karras import Euler, Heun
+
+SAMPLERS = {
+    "ddpm": DDPM,
+    "ddim": DDIM,
+    "euler": Euler,
+    "heun": Heun,
+    "dpm_solver_pp_2m": DPMSolverMultistep,
+}
+
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "SAMPLERS",
+    "DPMSolverMultistep",
+    "Euler",
+    "Heun",
+    "Sampler",
+    "SamplerState",
+    "StepInfo",
+    "initial_noise",
+    "sample",
+]

@@ -1,0 +1,170 @@
+"""The sampler protocol and the one sampling loop."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from diffusion_jax.core.arrays import fold_in_each, per_image_normal
+from diffusion_jax.core.timesteps import Grid
+from diffusion_jax.core.types import Array, Key, NoiseLevel, Prediction
+
+Denoise = Callable[[Array, NoiseLevel], Prediction]
+
+# Steps fold in their index; the initial noise folds in a number that no step can have.
+_INITIAL_NOISE = 0xFFFFFFFF
+
+
+@struct.dataclass
+class SamplerState:
+    """State of a sampler without memory.
+
+    Attributes:
+      x: [B, ...] the sample at the current level.
+
+    Source: none; a convention of this library.
+    """
+
+    x: Array
+
+
+class StepInfo(NamedTuple):
+    """Where in the grid a step is, for rules such as a lower order at the end.
+
+    Attributes:
+      index: [] this step.
+      start: [] the first step that is run.
+      stop: [] one past the last step.
+
+    Source: none; a convention of this library.
+    """
+
+    index: Array | int
+    start: Array | int
+    stop: Array | int
+
+
+class Sampler(Protocol):
+    """What turns a denoiser into samples: a pure step from one level to the next.
+
+    Implementations are flax.struct dataclasses whose continuous knobs are leaves.
+
+    Source: none; a convention of this library.
+    """
+
+    def init(self, x_T: Array) -> Any:
+        """The state before the first step; its field x is the sample."""
+        ...
+
+    def step(
+        self,
+        keys: Key,
+        denoise: Denoise,
+        state: Any,
+        level: NoiseLevel,
+        next_level: NoiseLevel,
+        info: StepInfo,
+    ) -> Any:
+        """One step from `level` to the cleaner `next_level`, with one key per image."""
+        ...
+
+
+def initial_noise(keys: Key, shape: tuple[int, ...], std: Array | float = 1.0) -> Array:
+    """x_T ~ N(0, std²), [B, *shape] float32, image i drawn from keys[i] alone.
+
+    Args:
+      keys: [B] one key per image, see `image_keys`.
+      shape: of one image.
+      std: the schedule's `prior_std`.
+
+    Source: Ho et al. 2020 (arXiv:2006.11239), algorithm 2, line 1.
+    """
+    like = jnp.zeros(keys.shape + tuple(shape), jnp.float32)
+    return std * per_image_normal(fold_in_each(keys, _INITIAL_NOISE), like)
+
+
+def _check(x_T: Array, keys: Key) -> None:
+    if x_T.dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(
+            f"samplers keep their state in float32: x_T has dtype {x_T.dtype}; convert it with "
+            "astype(float32), the network may still compute in bfloat16"
+        )
+    if keys.shape != x_T.shape[:1] or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        raise ValueError(
+            f"expected one key per image, shape {x_T.shape[:1]}, got {keys.dtype} of shape "
+            f"{keys.shape}; make them with image_keys(seed, range(batch_size))"
+        )
+
+
+def sample(
+    sampler: Sampler,
+    denoise: Denoise,
+    grid: Grid,
+    x_T: Array,
+    keys: Key,
+    *,
+    trace: Callable[[Any], Any] | None = None,
+) -> tuple[Array, Any]:
+    """Runs a sampler over a grid.
+
+    One `fori_loop` over a padded grid: the number of steps, the start, the seed and the
+    sampler's knobs are data, and changing them does not recompile. With a grid of Python
+    bounds (`grid.fixed()`) reverse-mode gradients pass through, each step rematerialised.
+
+    Args:
+      sampler: a value of SAMPLERS.
+      denoise: (x, level) -> Prediction, conditions bound.
+      grid: levels from noisy to clean.
+      x_T: [B, ...] float32 noise at grid.levels[grid.start].
+      keys: [B] one key per image.
+      trace: state -> pytree to be recorded after every step.
+
+    Returns:
+      The sample [B, ...] and the trace: leaves [max_steps, ...], zero in rows that were not
+      run; None without `trace`.
+
+    Raises:
+      ValueError: if x_T is not float32, or keys are not one per image.
+
+    Source: none; a convention of this library.
+    """
+    _check(x_T, keys)
+    state = sampler.init(x_T)
+    max_steps = grid.levels.t.shape[0] - 1
+    record = None
+    if trace is not None:
+        shapes = jax.eval_shape(trace, state)
+        record = jax.tree.map(lambda s: jnp.zeros((max_steps, *s.shape), s.dtype), shapes)
+
+    def step(index, carry):
+        state, record = carry
+        state = sampler.step(
+            fold_in_each(keys, index),
+            denoise,
+            state,
+            grid.level(index),
+            grid.level(index + 1),
+            StepInfo(index, grid.start, grid.stop),
+        )
+        if trace is not None:
+            record = jax.tree.map(lambda r, v: r.at[index].set(v), record, trace(state))
+        return state, record
+
+    if isinstance(grid.start, int) and isinstance(grid.stop, int):
+        step = jax.checkpoint(step)
+    state, record = jax.lax.fori_loop(grid.start, grid.stop, step, (state, record))
+    return state.x, record
+
+
+def noise_from_x0(x: Array, x0: Array, level: NoiseLevel) -> Array:
+    """ε̂ = (x_t - α x̂0) / σ: the noise always follows from x̂0, so thresholding stays consistent.
+
+    Args:
+      x, x0: [B, ...].
+      level: scalars, sigma > 0.
+
+    Source: Song et al. 2021 (arXiv:2010.02502), eq. 9.
+    """
+    return (x - level.alpha * x0) / level.sigma

@@ -1,0 +1,1 @@
+"""Training: optimizer, exponential moving average, step, devices and the host loop."""

@@ -1,0 +1,70 @@
+"""TrainState: everything that a training step reads and writes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from diffusion_jax.core.params import by_glob, merge, partition
+from diffusion_jax.core.types import Array, Params
+
+
+@struct.dataclass
+class TrainState:
+    """State of a run; average and optimizer moments exist for the trainable leaves only.
+
+    Attributes:
+      step: [] int32, number of updates done.
+      trainable: subtree of the parameters that is optimized.
+      frozen: the other parameters; no step changes them.
+      ema: moving average, a tree like `trainable`.
+      opt_state: state of the optimizer for `trainable`.
+    """
+
+    step: Array
+    trainable: Params
+    frozen: Params
+    ema: Params
+    opt_state: Any
+
+    @classmethod
+    def create(
+        cls,
+        params: Params,
+        tx: optax.GradientTransformation,
+        *,
+        trainable: tuple[str, ...] = ("**",),
+    ) -> "TrainState":
+        """A state at step 0 whose average equals the parameters.
+
+        The state takes `params` over: a step that donates its state deletes the arrays in it.
+
+        Args:
+          params: whole parameter tree.
+          tx: optimizer.
+          trainable: globs of the leaves to train, see `core.params.by_glob`.
+
+        Raises:
+          ValueError: if a pattern matches no leaf.
+        """
+        selected, frozen = partition(jax.tree.map(jnp.asarray, params), by_glob(params, *trainable))
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            trainable=selected,
+            frozen=frozen,
+            # One buffer cannot be donated twice, so the average needs arrays of its own.
+            ema=jax.tree.map(jnp.copy, selected),
+            opt_state=tx.init(selected),
+        )
+
+    @property
+    def params(self) -> Params:
+        """The whole tree with the raw trainable leaves."""
+        return merge(self.trainable, self.frozen)
+
+    @property
+    def ema_params(self) -> Params:
+        """The whole tree with the averaged trainable leaves, the one to sample with."""
+        return merge(self.ema, self.frozen)

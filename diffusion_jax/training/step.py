@@ -1,0 +1,153 @@
+"""The training step: a pure function of state, batch and keys that knows no device."""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from diffusion_jax.core.arrays import image_keys
+from diffusion_jax.core.params import merge
+from diffusion_jax.core.types import Batch, Key, LossFn, Metrics, Params
+from diffusion_jax.training.ema import EMA
+from diffusion_jax.training.state import TrainState
+
+RESERVED_METRICS = ("loss", "grad_norm")
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def _step_keys(key, step, offset, *, batch_size):
+    indices = offset + jnp.arange(batch_size, dtype=jnp.uint32)
+    return image_keys(jax.random.fold_in(key, step), indices)
+
+
+def step_keys(key: Key, step: int, batch_size: int, *, offset: int = 0) -> Key:
+    """One key per example of a training step, [B].
+
+    keys[i] = fold_in(fold_in(key, step), offset + i), so that an example's noise depends on
+    its place in the global batch and never on the devices that the batch is split over.
+    Called outside of the step, before the keys are split over devices.
+
+    Args:
+      key: [] key of the run.
+      step: number of updates done.
+      batch_size: B.
+      offset: place of the first example in the global batch.
+
+    Raises:
+      ValueError: if `batch_size` < 1, or `step` or `offset` is negative.
+    """
+    if batch_size < 1 or step < 0 or offset < 0:
+        raise ValueError(
+            "step_keys needs batch_size >= 1, step >= 0 and offset >= 0, got "
+            f"batch_size={batch_size}, step={step}, offset={offset}"
+        )
+    return _step_keys(key, jnp.uint32(step), jnp.uint32(offset), batch_size=batch_size)
+
+
+def _check_batch(batch: Batch, keys: Key, accumulate: int) -> None:
+    size = keys.shape[0]
+    shapes = {name: [x.shape for x in jax.tree.leaves(value)] for name, value in batch.items()}
+    wrong = {name: s for name, s in shapes.items() if any(x[:1] != (size,) for x in s)}
+    if wrong:
+        raise ValueError(f"{size} keys need batches with leading axis {size}, got shapes {wrong}")
+    if size % accumulate:
+        raise ValueError(f"a batch of {size} does not split into {accumulate} equal microbatches")
+
+
+def _microbatches(x: jax.Array, count: int) -> jax.Array:
+    # Microbatch i holds the examples i, i + count, …: each device keeps its own examples.
+    return jnp.swapaxes(x.reshape((x.shape[0] // count, count) + x.shape[1:]), 0, 1)
+
+
+# Compared by identity, since a loss may hold arrays, whose comparison is no truth value.
+@dataclass(frozen=True, eq=False)
+class TrainStep:
+    """What `make_train_step` returns; called as step(state, batch, keys).
+
+    Attributes:
+      loss, tx, ema, accumulate, axis_name: the arguments of `make_train_step`.
+    """
+
+    loss: LossFn
+    tx: optax.GradientTransformation
+    ema: EMA
+    accumulate: int = 1
+    axis_name: str | None = None
+
+    def _gradient(self, state: TrainState, batch: Batch, keys: Key) -> tuple[Params, Metrics]:
+        def objective(trainable):
+            return self.loss(merge(trainable, state.frozen), batch, keys)
+
+        (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.trainable)
+        taken = sorted(set(RESERVED_METRICS) & set(metrics))
+        if taken:
+            raise ValueError(f"the loss function may not name its own metrics {taken}; rename them")
+        return grads, {"loss": loss, **metrics}
+
+    def _accumulated(self, state: TrainState, batch: Batch, keys: Key) -> tuple[Params, Metrics]:
+        parts = jax.tree.map(lambda x: _microbatches(x, self.accumulate), (batch, keys))
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(self._gradient, state, *first)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, self._gradient(state, *part)), None
+
+        total, _ = jax.lax.scan(add, zeros, parts)
+        return jax.tree.map(lambda x: x / self.accumulate, total)
+
+    def __call__(self, state: TrainState, batch: Batch, keys: Key) -> tuple[TrainState, Metrics]:
+        """One update.
+
+        Args:
+          state: state before the update.
+          batch: arrays [B, ...].
+          keys: [B], see `step_keys`.
+
+        Returns:
+          (state, metrics): the next state, and scalars: the mean loss, the global norm of the
+          gradient before clipping, and the loss function's own, all at the old parameters.
+
+        Raises:
+          ValueError: if batch and keys differ in length, the batch does not split into
+            microbatches, or the loss function names a metric `loss` or `grad_norm`.
+        """
+        _check_batch(batch, keys, self.accumulate)
+        gradient = self._gradient if self.accumulate == 1 else self._accumulated
+        grads, metrics = gradient(state, batch, keys)
+        if self.axis_name is not None:
+            grads, metrics = jax.lax.pmean((grads, metrics), self.axis_name)
+        updates, opt_state = self.tx.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        step = state.step + 1
+        ema = self.ema.update(state.ema, trainable, step)
+        state = state.replace(step=step, trainable=trainable, ema=ema, opt_state=opt_state)
+        return state, {**metrics, "grad_norm": optax.tree.norm(grads)}
+
+
+def make_train_step(
+    loss: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    ema: EMA,
+    accumulate: int = 1,
+    axis_name: str | None = None,
+) -> TrainStep:
+    """A pure step (state, batch, keys [B]) -> (state, metrics); only trainable leaves move.
+
+    Args:
+      loss: mean over the examples of a batch, with scalar metrics that are means too.
+      tx: optimizer, the one that the state was created with.
+      ema: moving average of the trainable leaves.
+      accumulate: microbatches that a batch is split into; the gradient is that of the whole
+        batch up to rounding, and memory for activations falls by this factor.
+      axis_name: axis to average gradients and metrics over, for `pmap_train`; None on a mesh.
+
+    Raises:
+      ValueError: if `accumulate` < 1.
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+    return TrainStep(loss=loss, tx=tx, ema=ema, accumulate=accumulate, axis_name=axis_name)

@@ -1,0 +1,1 @@
+"""One file per system: each holds the configuration that it trains, samples and is judged with."""

@@ -1,0 +1,82 @@
+"""make_denoiser: what the network is shown and told, and what is made of its answer."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.core.condition import Condition
+from diffusion_jax.core.denoiser import TIME_INPUTS, make_denoiser
+from diffusion_jax.core.parameterization import X0, EDMPreconditioning, Eps
+from diffusion_jax.core.types import NoiseLevel
+from tests.analytic import MIXTURE
+
+LEVEL = NoiseLevel(jnp.float32(0.25), jnp.float32(0.6), jnp.float32(0.8))
+X = jnp.asarray([[0.5, -1.0], [2.0, 0.1]])
+
+
+def exact_eps(params, x, t, cond, *, keys=None):
+    del params, t, keys
+    return (x - LEVEL.alpha * MIXTURE.x0(x, LEVEL, cond.vector)) / LEVEL.sigma
+
+
+def test_exact_eps_network_becomes_the_exact_denoiser():
+    cond = MIXTURE.classes([0, 2])
+    prediction = make_denoiser(exact_eps, Eps())({})(X, LEVEL, cond)
+    np.testing.assert_allclose(prediction.x0, MIXTURE.denoise(X, LEVEL, cond).x0, atol=1e-5)
+    assert prediction.var_frac is None
+
+
+def test_parameters_reach_the_network():
+    denoise = make_denoiser(lambda params, x, t, cond, *, keys=None: params["w"] * x, X0())
+    np.testing.assert_allclose(denoise({"w": 3.0})(X, LEVEL).x0, 3.0 * X)
+
+
+@pytest.mark.parametrize(
+    "name, expected", [("t", 0.25), ("scaled_t", 250.0), ("edm", np.log(0.8 / 0.6) / 4)]
+)
+def test_time_inputs(name, expected):
+    seen = []
+
+    def network(params, x, t, cond, *, keys=None):
+        seen.append(t)
+        return x
+
+    make_denoiser(network, X0(), time_input=TIME_INPUTS[name])({})(X, LEVEL)
+    assert seen[0].shape == (2,)
+    np.testing.assert_allclose(seen[0], expected, rtol=1e-5)
+
+
+def test_edm_network_sees_unit_variance_input():
+    seen = []
+
+    def network(params, x, t, cond, *, keys=None):
+        seen.append(x)
+        return jnp.zeros_like(x)
+
+    make_denoiser(network, EDMPreconditioning(0.5))({})(X, LEVEL)
+    np.testing.assert_allclose(seen[0], X / np.sqrt(0.8**2 + 0.3**2), rtol=1e-5)
+
+
+def test_learned_variance_is_the_second_half_mapped_to_a_fraction():
+    def network(params, x, t, cond, *, keys=None):
+        return jnp.concatenate([x, jnp.broadcast_to(jnp.asarray([[-1.0, 0.5]]), x.shape)], axis=-1)
+
+    x0, var_frac = make_denoiser(network, X0(), learned_variance=True)({})(X, LEVEL)
+    np.testing.assert_array_equal(x0, X)
+    np.testing.assert_allclose(var_frac, [[0.0, 0.75], [0.0, 0.75]])
+
+
+def test_bfloat16_networks_answer_in_float32():
+    def network(params, x, t, cond, *, keys=None):
+        return x.astype(jnp.bfloat16)
+
+    assert make_denoiser(network, X0())({})(X, LEVEL).x0.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("learned, channels", [(False, 4), (True, 2), (False, 3)])
+def test_wrong_number_of_channels_is_refused(learned, channels):
+    def network(params, x, t, cond, *, keys=None):
+        return jnp.zeros((2, channels))
+
+    with pytest.raises(ValueError, match=rf"\(2, {channels}\).*learned_variance is {learned}"):
+        make_denoiser(network, X0(), learned_variance=learned)({})(X, LEVEL, Condition())

@@ -1,0 +1,264 @@
+"""Name tables: layouts against their definitions, both directions, and every refusal."""
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion_jax.io.mapping import KINDS, MappingError, Row, convert, export, prefixed
+from diffusion_jax.io.tables.unet import (
+    UnsupportedOption,
+    has_old_attention_names,
+    unet2d_config,
+    unet2d_rows,
+)
+from tests.parity.denoisers import expected_params, unet2d_table, unet_config
+
+ROWS = (
+    Row("block.{i}.conv{j}", "block_{i}/conv_{j}", "conv"),
+    Row("proj", "proj", "linear"),
+    Row("point", "point", "conv1x1_as_linear"),
+    Row("norm", "norm", "norm"),
+    Row("token", "token", "embed"),
+    Row("alpha", "gate/alpha", "param"),
+)
+
+
+def normal(*shape):
+    return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
+
+
+def file():
+    return {
+        "block.10.conv1.weight": normal(4, 3, 2, 5),
+        "block.10.conv1.bias": normal(4),
+        "block.2.conv1.weight": normal(2, 3, 1, 1),
+        "proj.weight": normal(4, 3),
+        "proj.bias": normal(4),
+        "point.weight": normal(4, 3, 1, 1),
+        "norm.weight": normal(6),
+        "norm.bias": normal(6),
+        "token.weight": normal(7, 2),
+        "alpha": normal(),
+    }
+
+
+def tree():
+    return {
+        "block_10": {"conv_1": {"kernel": normal(2, 5, 3, 4), "bias": normal(4)}},
+        "block_2": {"conv_1": {"kernel": normal(1, 1, 3, 2)}},
+        "proj": {"kernel": normal(3, 4), "bias": normal(4)},
+        "point": {"kernel": normal(3, 4)},
+        "norm": {"scale": normal(6), "bias": normal(6)},
+        "token": {"embedding": normal(7, 2)},
+        "gate": {"alpha": normal()},
+    }
+
+
+def leaves(params):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+
+
+def assert_equal(a, b):
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        assert a[path].dtype == b[path].dtype, path
+        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+
+def test_layouts_are_the_ones_that_the_kinds_name():
+    tensors = file()
+    params = convert(tensors, ROWS, tree())
+    conv = params["block_10"]["conv_1"]["kernel"]
+    # Weight of (out 3, in 2, row 1, column 4) in the file's order.
+    assert conv[1, 4, 2, 3] == tensors["block.10.conv1.weight"][3, 2, 1, 4]
+    x = normal(3)
+    np.testing.assert_allclose(
+        x @ params["proj"]["kernel"], tensors["proj.weight"] @ x, rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_array_equal(params["point"]["kernel"], tensors["point.weight"][:, :, 0, 0].T)
+    np.testing.assert_array_equal(params["norm"]["scale"], tensors["norm.weight"])
+    np.testing.assert_array_equal(params["token"]["embedding"], tensors["token.weight"])
+    np.testing.assert_array_equal(params["gate"]["alpha"], tensors["alpha"])
+
+
+def test_this_table_uses_every_kind():
+    assert {row.kind for row in ROWS} == set(KINDS)
+
+
+def test_both_directions_undo_each_other_and_are_contiguous():
+    tensors, params = file(), tree()
+    assert_equal(convert(export(params, ROWS), ROWS, params), params)
+    back = export(convert(tensors, ROWS, params), ROWS)
+    assert_equal(back, tensors)
+    for array in [*back.values(), *jax.tree.leaves(convert(tensors, ROWS, params))]:
+        assert array.flags.c_contiguous
+
+
+def test_a_file_can_be_written_and_read(tmp_path):
+    """The numpy writer of safetensors stores a transposed view wrongly, without a word."""
+    from safetensors.numpy import load_file, save_file
+
+    save_file(export(tree(), ROWS), tmp_path / "a.safetensors")
+    assert_equal(convert(load_file(tmp_path / "a.safetensors"), ROWS, tree()), tree())
+
+
+def test_one_error_lists_everything_that_is_wrong():
+    tensors = file()
+    del tensors["proj.bias"], tensors["alpha"]
+    tensors["stranger.weight"] = normal(2)
+    tensors["norm.weight"] = normal(5)
+    tensors["point.weight"] = normal(4, 3, 3, 3)
+    tensors["token.weight"] = normal(7)
+    tensors["block.2.conv1.weight"] = normal(2, 3, 1, 1).astype(np.float64)
+    with pytest.raises(MappingError) as error:
+        convert(tensors, ROWS, tree())
+    message = str(error.value)
+    for part in (
+        "7 problem(s)",
+        "missing: proj.bias (for proj/bias)",
+        "missing: alpha (for gate/alpha)",
+        "unexpected: stranger.weight (2,)",
+        "norm.weight (for norm/scale): has shape (5,), which becomes (5,), expected (6,)",
+        "point.weight (for point/kernel): a 1x1 convolution must have shape (O, I, 1, 1)",
+        "token.weight (for token/embedding): has shape (7,), expected 2 dimensions",
+        "block.2.conv1.weight (for block_2/conv_1/kernel): has dtype float64",
+    ):
+        assert part in message, f"{part!r} is not in:\n{message}"
+
+
+def test_left_over_tensors_can_be_ignored_by_name():
+    tensors = {**file(), "model.position_ids": normal(3)}
+    with pytest.raises(MappingError, match="unexpected: model.position_ids"):
+        convert(tensors, ROWS, tree())
+    assert_equal(
+        convert(tensors, ROWS, tree(), ignore=("*.position_ids",)), convert(file(), ROWS, tree())
+    )
+
+
+def test_tensors_are_widened_never_narrowed():
+    half = {name: tensor.astype(np.float16) for name, tensor in file().items()}
+    widened = convert(half, ROWS, tree())
+    np.testing.assert_array_equal(widened["token"]["embedding"], half["token.weight"])
+    assert widened["token"]["embedding"].dtype == np.float32
+    wanted = jax.tree.map(lambda leaf: leaf.astype(np.float16), tree())
+    with pytest.raises(MappingError, match="which float16 cannot hold exactly"):
+        convert(file(), ROWS, wanted)
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        (ROWS[1:], "parameter block_10/conv_1/kernel: no row"),
+        ((*ROWS, Row("p", "proj", "linear")), "parameter proj/kernel: 2 rows"),
+        (
+            tuple(Row("proj", r.target, r.kind) if r.target == "point" else r for r in ROWS),
+            "tensor proj.weight: wanted by",
+        ),
+    ],
+)
+def test_a_table_that_does_not_fit_the_tree_is_refused_in_both_directions(rows, words):
+    with pytest.raises(MappingError, match=words):
+        export(tree(), rows)
+    with pytest.raises(MappingError, match=words):
+        convert(file(), rows, tree())
+
+
+def test_an_unknown_kind_is_named():
+    with pytest.raises(ValueError, match="got 'dense'"):
+        export({}, [Row("a", "a", "dense")])
+
+
+def test_the_same_letter_is_the_same_number():
+    rows = [Row("a.{i}.b.{i}", "a_{i}/b_{i}", "param")]
+    assert set(export({"a_1": {"b_1": normal(2)}}, rows)) == {"a.1.b.1"}
+    with pytest.raises(MappingError, match="no row"):
+        export({"a_1": {"b_2": normal(2)}}, rows)
+
+
+def test_a_table_can_lie_deeper():
+    rows = prefixed(ROWS[1:2], source="model.", target="unet/")
+    assert set(export({"unet": {"proj": {"kernel": normal(3, 4)}}}, rows)) == {"model.proj.weight"}
+
+
+SMALL = {
+    "_class_name": "UNet2DModel",
+    "block_out_channels": [4, 8],
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "attention_head_dim": 4,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+}
+ADM = {
+    **SMALL,
+    "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+    "resnet_time_scale_shift": "scale_shift",
+    "attn_norm_num_groups": 4,
+    "num_class_embeds": 10,
+}
+
+
+@pytest.mark.parametrize("config", [SMALL, ADM], ids=["ddpm", "adm"])
+@pytest.mark.parametrize("old", [False, True])
+def test_the_unet_table_covers_the_network_both_ways(config, old):
+    form = unet2d_config(config)
+    expected = expected_params(form, unet_config(form.unet))
+    params = jax.tree.map(lambda leaf: normal(*leaf.shape), expected)
+    names = ["x.proj_attn.weight"] if old else []
+    tensors = export(params, unet2d_table(names))
+    assert has_old_attention_names(tensors) == old
+    assert_equal(convert(tensors, unet2d_table(tensors), expected), params)
+    assert ("class_embedding.weight" in tensors) == (config is ADM)
+    attention = "query" if old else "to_q"
+    assert tensors[f"mid_block.attentions.0.{attention}.weight"].shape == (8, 8)
+    down = "downsamplers.0.conv1" if config is ADM else "downsamplers.0.conv"
+    assert tensors[f"down_blocks.0.{down}.weight"].shape == (4, 4, 3, 3)
+
+
+def test_an_empty_configuration_means_the_defaults_of_the_format():
+    form = unet2d_config({})
+    assert [level["channels"] for level in form.unet["levels"]] == [224, 448, 672, 896]
+    assert [level["attention"] for level in form.unet["levels"]] == [False, True, True, True]
+    assert (form.unet["head_dim"], form.in_channels, form.num_classes) == (8, 3, None)
+
+
+def test_options_of_the_configuration_arrive():
+    form = unet2d_config({**ADM, "freq_shift": 1, "flip_sin_to_cos": False, "in_channels": 6})
+    assert form.in_channels == 6
+    assert form.num_classes == 10
+    assert form.unet["time_features"] == {"cos_first": False, "freq_shift": 1}
+    assert (form.unet["resample"], form.unet["scale_shift"]) == ("block", True)
+    assert form.unet["middle_attention_groups"] == 4
+    padded = unet2d_config({**SMALL, "downsample_padding": 0}).unet
+    assert (padded["resample"], padded["downsample_padding"]) == ("conv", "asymmetric")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"down_block_types": ["SkipDownBlock2D", "AttnDownBlock2D"]}, "'SkipDownBlock2D'"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type must be 'positional'"),
+        ({"center_input_sample": True}, "center_input_sample must be False"),
+        ({"mid_block_scale_factor": 1.414}, "mid_block_scale_factor"),
+        ({"class_embed_type": "timestep"}, "class_embed_type must be None"),
+        ({"norm_num_groups": None}, "norm_num_groups must be an integer"),
+        ({"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "mirror image"),
+        ({"up_block_types": ["UpBlock2D"]}, "equally long"),
+        ({"upsample_type": "resnet"}, "the same in all of them"),
+        ({"attn_norm_num_groups": None, "resnet_time_scale_shift": "scale_shift"}, "attn_norm"),
+        ({"magic": 1}, "magic"),
+    ],
+)
+def test_what_our_unet_does_not_have_is_named(change, words):
+    with pytest.raises(UnsupportedOption, match=words):
+        unet2d_config({**SMALL, **change})
+
+
+def test_rows_are_a_table_without_surprises():
+    for old in (False, True):
+        rows = unet2d_rows(old_attention_names=old)
+        assert len({row.source for row in rows}) == len({row.target for row in rows}) == len(rows)

@@ -1,0 +1,145 @@
+"""Attention: every implementation against the formula in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.models import attention as attention_module
+from diffusion_jax.models.attention import Attention, AttentionBlock, dot_product_attention
+from tests.models.trees import random_params
+
+B, N, M, H, D = 2, 3, 5, 2, 4
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def qkv():
+    return normal(0, B, N, H, D), normal(1, B, M, H, D), normal(2, B, M, H, D)
+
+
+def formula(q, k, v, mask=None):
+    q, k, v = (a.astype(np.float64) for a in (q, k, v))
+    out = np.empty(q.shape)
+    full = np.ones((B, H, N, M), bool) if mask is None else np.broadcast_to(mask, (B, H, N, M))
+    for b in range(B):
+        for h in range(H):
+            weights = np.exp(q[b, :, h] @ k[b, :, h].T / np.sqrt(D)) * full[b, h]
+            out[b, :, h] = weights / weights.sum(1, keepdims=True) @ v[b, :, h]
+    return out
+
+
+def random_mask(*shape):
+    mask = np.random.default_rng(3).random(shape) < 0.5
+    mask[..., 0] = True
+    return mask
+
+
+MASKS = {
+    "none": None,
+    "keys": random_mask(B, 1, 1, M),
+    "queries and keys": random_mask(1, 1, N, M),
+    "heads": random_mask(1, H, N, M),
+    "all": random_mask(B, H, N, M),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("implementation", ["plain", "tiled", "xla", None])
+def test_every_implementation_is_the_formula(implementation, mask):
+    q, k, v = qkv()
+    ours = dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+    np.testing.assert_allclose(ours, formula(q, k, v, mask), atol=2e-6)
+
+
+def test_gradients_of_the_tiled_form_are_those_of_the_plain_form():
+    def loss(args, implementation):
+        out = dot_product_attention(*args, mask=MASKS["keys"], implementation=implementation)
+        return (out * normal(4, B, N, H, D)).sum()
+
+    plain, tiled = (
+        jax.jit(jax.grad(loss), static_argnums=1)(qkv(), name) for name in ("plain", "tiled")
+    )
+    for a, b in zip(plain, tiled, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_cpu_tiles_what_is_big(monkeypatch):
+    if jax.default_backend() != "cpu":
+        pytest.fail("the suite runs on the CPU")
+    q, k, v = qkv()
+    assert attention_module._choose(q, k) == "plain"
+    monkeypatch.setattr(attention_module, "TILE_ABOVE_BYTES", 4 * B * H * N * M - 1)
+    assert attention_module._choose(q, k) == "tiled"
+
+
+def test_bfloat16_keeps_a_float32_softmax():
+    """2000 equal logits: bfloat16 sums of 1 would stop at 256."""
+    q = jnp.zeros((1, 1, 1, 8), jnp.bfloat16)
+    k = jnp.zeros((1, 2000, 1, 8), jnp.bfloat16)
+    v = jnp.ones((1, 2000, 1, 8), jnp.bfloat16)
+    for implementation in ("plain", "tiled"):
+        ours = dot_product_attention(q, k, v, implementation=implementation)
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(ours.astype(np.float32), 1.0, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"k": np.zeros((B, M, H + 1, D)), "v": np.zeros((B, M, H + 1, D))}, "q must have shape"),
+        ({"v": np.zeros((B, M + 1, H, D))}, "k and v"),
+        ({"mask": np.ones((B, M), bool)}, "mask must be bool"),
+        ({"mask": np.ones((B, 1, 1, M))}, "got float64"),
+        ({"implementation": "flash"}, "got 'flash'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, words):
+    arguments = dict(zip("qkv", qkv(), strict=True)) | change
+    options = {name: arguments.pop(name) for name in ("mask", "implementation") if name in change}
+    with pytest.raises(ValueError, match=words):
+        dot_product_attention(**arguments, **options)
+
+
+def test_attention_module_projects_splits_and_joins_heads():
+    x, context = normal(0, 2, 3, 4), normal(1, 2, 5, 6)
+    module = Attention(num_heads=2)
+    params = random_params(module, x, context)
+
+    def dense(name, h):
+        return np.asarray(h) @ params[name]["kernel"] + params[name]["bias"]
+
+    q, k, v = dense("query", x), dense("key", context), dense("value", context)
+    h = dot_product_attention(*(a.reshape(2, -1, 2, 2) for a in (q, k, v))).reshape(2, 3, 4)
+    ours = module.apply({"params": params}, x, context)
+    np.testing.assert_allclose(ours, dense("out", np.asarray(h)), atol=1e-4)
+    mask = np.zeros((2, 1, 1, 5), bool)
+    mask[..., :2] = True
+    masked = module.apply({"params": params}, x, context, mask=mask)
+    shorter = module.apply({"params": params}, x, context[:, :2])
+    np.testing.assert_allclose(masked, shorter, atol=1e-5)
+
+
+def test_attention_names_the_width_that_its_heads_do_not_divide():
+    with pytest.raises(ValueError, match="num_heads = 3, got 4"):
+        Attention(num_heads=3).init(jax.random.key(0), normal(0, 1, 2, 4))
+
+
+def test_a_new_attention_block_is_the_identity():
+    x = normal(0, 1, 2, 3, 4)
+    init = jax.jit(AttentionBlock(num_heads=2, norm_groups=2).init_with_output)
+    # The parameters' generator is not the point, and this one compiles ten times faster.
+    np.testing.assert_array_equal(init(jax.random.key(0, impl="rbg"), x)[0], x)
+
+
+def test_every_pixel_sees_every_other():
+    x = normal(0, 1, 2, 3, 4)
+    block = AttentionBlock(num_heads=2, norm_groups=2)
+    variables = {"params": random_params(block, x)}
+    moved = x.copy()
+    moved[0, 1, 2] += np.array([1.0, -1.0, 2.0, 0.0], np.float32)
+    apply = jax.jit(block.apply)
+    change = np.abs(apply(variables, moved) - apply(variables, x)).max(-1)
+    assert (change > 1e-4).all()

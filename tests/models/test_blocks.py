@@ -1,0 +1,166 @@
+"""Norm, dropout, resampling and residual block against numpy and their definitions."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.models.blocks import (
+    Downsample,
+    Dropout,
+    GroupNorm,
+    ResBlock,
+    Upsample,
+    average_pool,
+    nearest_upsample,
+)
+from tests.models.trees import random_params
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def keys(count, seed=0):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def silu(h):
+    return h / (1 + np.exp(-h))
+
+
+def group_norm(x, groups, scale, bias, eps):
+    """In float64, group by group."""
+    x = x.astype(np.float64)
+    out = np.empty_like(x)
+    for example in range(x.shape[0]):
+        for part in np.split(np.arange(x.shape[-1]), groups):
+            group = x[example][..., part]
+            out[example][..., part] = (group - group.mean()) / np.sqrt(group.var() + eps)
+    return out * scale + bias
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 6), (2, 6)])
+def test_group_norm_is_its_formula(shape):
+    # A mean far from zero is where single-pass variances lose their digits.
+    x = normal(0, *shape) + 300.0
+    scale, bias = normal(1, 6), normal(2, 6)
+    params = {"scale": scale, "bias": bias}
+    ours = GroupNorm(2, eps=1e-3).apply({"params": params}, x)
+    np.testing.assert_allclose(ours, group_norm(x, 2, scale, bias, 1e-3), atol=2e-3)
+
+
+def test_group_norm_computes_in_float32_whatever_comes_out():
+    x = (normal(0, 2, 4, 4, 4) + 20.0).astype(jnp.bfloat16)
+    params = {"scale": np.ones(4, np.float32), "bias": np.zeros(4, np.float32)}
+    ours = GroupNorm(2, dtype=jnp.bfloat16).apply({"params": params}, x)
+    expected = group_norm(np.asarray(x, np.float32), 2, 1.0, 0.0, 1e-5)
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_allclose(ours.astype(np.float32), expected, atol=0.02)
+
+
+def test_group_norm_names_the_channels_that_do_not_fit():
+    with pytest.raises(ValueError, match="multiple of the 4 groups.*got 6"):
+        GroupNorm(4).init(jax.random.key(0), np.zeros((1, 6), np.float32))
+
+
+def test_dropout_of_an_example_depends_on_its_key_alone():
+    x, per_example = np.ones((4, 50), np.float32), keys(4)
+    drop = Dropout(0.5)
+    whole = drop.apply({}, x, per_example)
+    halves = [drop.apply({}, x[i : i + 2], per_example[i : i + 2]) for i in (0, 2)]
+    np.testing.assert_array_equal(whole, np.concatenate(halves))
+    assert not np.array_equal(whole[0], whole[1])
+
+
+def test_dropout_keeps_the_mean_and_its_rate():
+    x = np.full((2, 20000), 3.0, np.float32)
+    y = np.asarray(Dropout(0.25).apply({}, x, keys(2)))
+    # Five standard deviations of a mean of 20000 Bernoulli variables.
+    np.testing.assert_allclose((y == 0).mean(1), 0.25, atol=5 * np.sqrt(0.25 * 0.75 / 20000))
+    np.testing.assert_allclose(y[y != 0], 4.0, rtol=1e-6)
+
+
+class TwoDropouts(nn.Module):
+    @nn.compact
+    def __call__(self, x, keys):
+        return Dropout(0.5, name="a")(x, keys), Dropout(0.5, name="b")(x, keys)
+
+
+def test_two_dropouts_of_a_network_lose_different_units():
+    first, second = TwoDropouts().apply({}, np.ones((1, 50), np.float32), keys(1))
+    assert not np.array_equal(first, second)
+
+
+def test_dropout_is_the_identity_outside_of_training_and_at_rate_zero():
+    x = normal(0, 2, 3)
+    np.testing.assert_array_equal(Dropout(0.5).apply({}, x, None), x)
+    np.testing.assert_array_equal(Dropout(0.0).apply({}, x, keys(2)), x)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
+def test_dropout_refuses_a_rate_outside_of_its_range(rate):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
+        Dropout(rate).apply({}, np.ones((1, 2), np.float32), None)
+
+
+def test_pooling_averages_and_upsampling_repeats():
+    x = normal(0, 2, 4, 6, 3)
+    pooled = average_pool(x)
+    np.testing.assert_allclose(pooled[1, 1, 2], x[1, 2:4, 4:6].mean((0, 1)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(nearest_upsample(x), x.repeat(2, axis=1).repeat(2, axis=2))
+
+
+@pytest.mark.parametrize("padding, first", [("symmetric", 0), ("asymmetric", 1)])
+def test_downsample_reads_the_pixels_that_its_padding_says(padding, first):
+    """A kernel that copies its centre shows where the window sits."""
+    x = normal(0, 1, 4, 4, 2)
+    kernel = np.zeros((3, 3, 2, 2), np.float32)
+    kernel[1, 1] = np.eye(2)
+    params = {"conv": {"kernel": kernel, "bias": np.zeros(2, np.float32)}}
+    ours = Downsample(padding).apply({"params": params}, x)
+    np.testing.assert_array_equal(ours, x[:, first::2, first::2])
+
+
+def test_upsample_repeats_pixels_before_its_convolution():
+    x = normal(0, 1, 2, 3, 2)
+    kernel = np.zeros((3, 3, 2, 2), np.float32)
+    kernel[1, 1] = np.eye(2)
+    params = {"conv": {"kernel": kernel, "bias": np.zeros(2, np.float32)}}
+    np.testing.assert_array_equal(Upsample().apply({"params": params}, x), nearest_upsample(x))
+
+
+@pytest.mark.parametrize(
+    "resample, change", [(None, lambda a: a), ("down", average_pool), ("up", nearest_upsample)]
+)
+def test_a_new_residual_block_is_its_shortcut(resample, change):
+    x, emb = normal(0, 1, 4, 4, 4), normal(1, 1, 6)
+    block = ResBlock(4, norm_groups=2, resample=resample)
+    out, _ = jax.jit(block.init_with_output)(jax.random.key(0, impl="rbg"), x, emb)
+    np.testing.assert_allclose(out, change(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_residual_block_is_its_formula(scale_shift):
+    """On a single pixel a 3x3 convolution is the matrix at its centre."""
+    x, emb = normal(0, 2, 1, 1, 4), normal(1, 2, 6)
+    block = ResBlock(2, norm_groups=2, norm_eps=1e-3, scale_shift=scale_shift)
+    p = random_params(block, x, emb)
+
+    def dense(name, h):
+        kernel = p[name]["kernel"]
+        kernel = kernel[kernel.shape[0] // 2, kernel.shape[1] // 2] if kernel.ndim == 4 else kernel
+        return h @ kernel.astype(np.float64) + p[name]["bias"]
+
+    h = x[:, 0, 0].astype(np.float64)
+    first = silu(group_norm(h, 2, p["norm_1"]["scale"], p["norm_1"]["bias"], 1e-3))
+    first, time = dense("conv_1", first), dense("time", silu(emb.astype(np.float64)))
+    if scale_shift:
+        second = group_norm(first, 2, p["norm_2"]["scale"], p["norm_2"]["bias"], 1e-3)
+        second = second * (1 + time[:, :2]) + time[:, 2:]
+    else:
+        second = group_norm(first + time, 2, p["norm_2"]["scale"], p["norm_2"]["bias"], 1e-3)
+    expected = dense("shortcut", h) + dense("conv_2", silu(second))
+    ours = jax.jit(block.apply)({"params": p}, x, emb)
+    np.testing.assert_allclose(ours[:, 0, 0], expected, atol=1e-4)

@@ -1,0 +1,1 @@
+"""Parity: compares the library with outputs recorded from other implementations."""

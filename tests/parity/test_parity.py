@@ -1,0 +1,122 @@
+"""The parity runner: passes what agrees, and only that."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.parity import __main__ as runner
+from tests.parity import samplers
+
+CASES = Path(__file__).parent / "cases" / "samplers"
+
+
+def manifest(folder=CASES):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def copy_of(tmp_path, case_id):
+    """A writable folder with one case."""
+    content = manifest()
+    [case] = [case for case in content["cases"] if case["id"] == case_id]
+    for key in ("inputs_file", "outputs_file"):
+        (tmp_path / case[key]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(CASES / case[key], tmp_path / case[key])
+    return case
+
+
+def write(tmp_path, *cases):
+    (tmp_path / "manifest.json").write_text(json.dumps({"cases": cases}))
+
+
+def last_line(capsys):
+    return capsys.readouterr().out.splitlines()[-1]
+
+
+def test_recorded_trajectories_are_reproduced(capsys):
+    """Every committed case passes but the one whose algorithm is not here."""
+    assert runner.main([str(CASES)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == f"{len(manifest()['cases']) - 1} passed, 0 failed, 1 not implemented"
+    [row] = [line for line in out if line.endswith("not implemented") and line is not out[-1]]
+    assert row.startswith("D_DPMSolverMultistep__dpmsolver_o2 ")
+
+
+def test_only_chooses_by_glob(capsys):
+    assert runner.main([str(CASES), "--only", "*beta_tables*", "*dpmsolver_o2"]) == 0
+    assert last_line(capsys) == "1 passed, 0 failed, 1 not implemented"
+    assert runner.main([str(CASES), "--only", "nothing*"]) == 2
+    assert runner.main([str(CASES / "nowhere")]) == 2
+
+
+TABLE = "D_beta_tables/squaredcos_cap_v2_zsnr"
+
+
+@pytest.mark.parametrize("change", ["value", "nan", "shape", "extra", "missing"])
+def test_a_corrupted_output_fails(change, tmp_path, capsys):
+    case = copy_of(tmp_path, TABLE)
+    path = tmp_path / case["outputs_file"]
+    outputs = dict(np.load(path))
+    if change == "value":
+        outputs["betas"][500] *= 1.01
+    elif change == "nan":
+        outputs["betas"][500] = np.nan
+    elif change == "shape":
+        outputs["betas"] = outputs["betas"][:-1]
+    elif change == "extra":
+        outputs["gammas"] = np.ones(3)
+    elif change == "missing":
+        outputs = {}
+    np.savez(path, **outputs)
+    write(tmp_path, case)
+    assert runner.main([str(tmp_path)]) == 1
+    assert last_line(capsys) == "0 passed, 1 failed, 0 not implemented"
+
+
+def test_our_nan_fails_where_a_number_was_recorded():
+    row = runner.compare(np.asarray([1.0, np.nan]), np.asarray([1.0, 2.0]), 1.0, 1.0)
+    assert row.status == runner.FAILED
+    assert runner.compare(np.asarray([np.inf]), np.asarray([1e30]), 1.0, 1.0).status == "FAILED"
+    assert runner.compare(np.asarray([5.0]), np.asarray([np.inf]), 1.0, 1.0).status == "FAILED"
+
+
+def test_tolerance_is_absolute_plus_relative():
+    expected = np.asarray([0.0, 10.0])
+    assert runner.compare(np.asarray([0.09, 11.0]), expected, 0.1, 0.1).status == "passed"
+    assert runner.compare(np.asarray([0.11, 10.0]), expected, 0.1, 0.1).status == "FAILED"
+    assert runner.compare(np.asarray([0.0, 11.2]), expected, 0.1, 0.1).status == "FAILED"
+
+
+def test_unknown_options_are_not_implemented_and_errors_fail(tmp_path, capsys):
+    case = copy_of(tmp_path, TABLE)
+    unknown = {**case, "id": "unknown", "init_kwargs": {**case["init_kwargs"], "new_option": 1}}
+    broken = {**case, "id": "broken", "inputs_file": "nowhere.npz"}
+    other = {**case, "id": "other", "class": "diffusers.NewScheduler", "call": "trajectory"}
+    write(tmp_path, unknown, broken, other, case)
+    assert runner.main([str(tmp_path)]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out[:4]] == ["unknown", "broken", "other", TABLE]
+    assert "FileNotFoundError" in out[1]
+    assert out[-1] == "1 passed, 1 failed, 2 not implemented"
+
+
+def test_cases_are_told_apart_by_their_fields(tmp_path, capsys):
+    """The same case under another name, with another beta schedule, is still understood."""
+    case = {**copy_of(tmp_path, TABLE), "id": "renamed"}
+    assert samplers.run(case, tmp_path) is not None
+    linear = {**case, "init_kwargs": {**case["init_kwargs"], "beta_schedule": "linear"}}
+    write(tmp_path, linear)
+    assert runner.main([str(tmp_path)]) == 1
+    assert "FAILED betas; alphas_cumprod" in capsys.readouterr().out
+
+
+def test_the_command_line_ends_with_a_status():
+    command = [sys.executable, "-m", "tests.parity", str(CASES), "--only", "*beta_tables*"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "1 passed, 0 failed, 0 not implemented"

@@ -1,0 +1,210 @@
+"""The host loop with real checkpoints: resuming, signals, NaN, logs."""
+
+import functools
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from diffusion_jax.io.checkpoint import Checkpoints
+from diffusion_jax.training.ema import EMA
+from diffusion_jax.training.loop import LoopConfig, NonFiniteError, fit
+from diffusion_jax.training.state import TrainState
+from diffusion_jax.training.step import make_train_step
+from tests.training import toy
+
+TX = optax.adam(0.05)
+KEY = jax.random.key(5)
+
+
+class Memory:
+    """A logger that remembers."""
+
+    def __init__(self):
+        self.rows, self.truncated = {}, []
+
+    def scalars(self, step, values):
+        assert step not in self.rows
+        self.rows[step] = {k: v for k, v in values.items() if k != "steps_per_second"}
+
+    def image(self, step, name, image):
+        raise AssertionError("the loop draws nothing")
+
+    def truncate_after(self, step):
+        self.truncated.append(step)
+        self.rows = {s: row for s, row in self.rows.items() if s <= step}
+
+
+@functools.cache
+def _step():
+    step = make_train_step(toy.loss, TX, ema=EMA(0.9), accumulate=1, axis_name=None)
+    return jax.jit(step, donate_argnums=0)
+
+
+def _state():
+    return TrainState.create(toy.params(), TX, trainable=("adapter/**",))
+
+
+def _fit(*, data=None, num_steps=6, step_fn=None, key=KEY, **options):
+    loop = {"log_every": 4, "checkpoint_every": 4, "progress": False}
+    loop |= {name: options.pop(name) for name in (*loop, "eval_every") if name in options}
+    config = LoopConfig(num_steps=num_steps, batch_size=toy.BATCH, **loop)
+    data = toy.Data() if data is None else data
+    return fit(_state(), step_fn or _step(), data, key=key, config=config, **options)
+
+
+@functools.cache
+def _uninterrupted():
+    log = Memory()
+    return _fit(loggers=[log]), log.rows
+
+
+def _send(number, position):
+    return lambda at: os.kill(os.getpid(), number) if at == position else None
+
+
+@pytest.mark.parametrize(
+    "number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, number, error):
+    """Stopped within a log window, away from every regular checkpoint."""
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    log = Memory()
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(error) as stopped:
+            data = toy.Data(hook=_send(number, position=2))
+            _fit(data=data, checkpointer=checkpoints, loggers=[log])
+        # The update under way was finished, and its checkpoint is complete when fit returns.
+        assert checkpoints.latest_step() == 3
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+        if error is SystemExit:
+            assert stopped.value.code == 143
+    with Checkpoints(tmp_path) as checkpoints:
+        state = _fit(checkpointer=checkpoints, loggers=[log])
+    expected, rows = _uninterrupted()
+    toy.assert_bit_equal(state, expected)
+    assert log.rows == rows and set(rows) == {4, 6}
+
+
+def test_killed_run_repeats_what_was_after_its_checkpoint(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def hook(position):
+        if position == 5:
+            raise Killed
+
+    log = Memory()
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(Killed):
+            _fit(data=toy.Data(hook), checkpointer=checkpoints, loggers=[log], log_every=5)
+        assert checkpoints.latest_step() == 4
+        assert set(log.rows) == {5}
+        state = _fit(checkpointer=checkpoints, loggers=[log], log_every=5)
+    assert log.truncated == [0, 4] and set(log.rows) == {5, 6}
+    toy.assert_bit_equal(state, _uninterrupted()[0])
+
+
+def test_a_finished_run_says_so_and_trains_no_more(tmp_path, capsys):
+    with Checkpoints(tmp_path) as checkpoints:
+        first = _fit(checkpointer=checkpoints, num_steps=2)
+        untouched = toy.Data(length=0)
+        again = _fit(data=untouched, checkpointer=checkpoints, num_steps=2)
+    toy.assert_bit_equal(first, again)
+    assert "2 of 2 updates are done already" in capsys.readouterr().out
+
+
+def test_log_rows_are_means_over_their_window():
+    every, log = Memory(), Memory()
+    _fit(loggers=[every], log_every=1)
+    _fit(loggers=[log], log_every=4)
+    assert set(every.rows) == {1, 2, 3, 4, 5, 6} and set(log.rows) == {4, 6}
+    for name in ("loss", "grad_norm", "abs_error"):
+        values = [every.rows[step][name] for step in range(1, 7)]
+        means = [np.mean(values[:4]), np.mean(values[4:])]
+        np.testing.assert_allclose([log.rows[4][name], log.rows[6][name]], means, rtol=1e-12)
+
+
+def _poisoned(at):
+    """A step whose loss is NaN from update number `at` on."""
+
+    def step(state, batch, keys):
+        state, metrics = _step()(state, batch, keys)
+        bad = state.step >= at
+        return state, {**metrics, "loss": jnp.where(bad, jnp.nan, metrics["loss"])}
+
+    return step
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_nan_stops_the_run_and_is_not_saved(tmp_path, log_every):
+    """Noticed at the next log row, or at the latest before a checkpoint would be written."""
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(NonFiniteError, match="update 3 .*loss=nan.*checkpoint is of step 2"):
+            _fit(
+                step_fn=_poisoned(at=3),
+                checkpointer=checkpoints,
+                log_every=log_every,
+                checkpoint_every=2,
+            )
+        assert checkpoints.steps() == (2,)
+
+
+def test_an_infinite_gradient_stops_the_run_without_checkpoints():
+    def step(state, batch, keys):
+        state, metrics = _step()(state, batch, keys)
+        return state, {**metrics, "grad_norm": jnp.inf}
+
+    with pytest.raises(NonFiniteError) as stopped:
+        _fit(step_fn=step)
+    assert (stopped.value.step, stopped.value.last_checkpoint) == (1, None)
+    assert stopped.value.grad_norm == np.inf
+
+
+def test_evaluation_sees_the_state_of_its_step():
+    seen = []
+    _fit(eval_every=2, on_eval=lambda step, state: seen.append((step, int(state.step))))
+    assert seen == [(2, 2), (4, 4), (6, 6)]
+
+
+def test_compilation_is_reported_apart(capsys):
+    _fit(num_steps=2, progress=True)
+    captured = capsys.readouterr()
+    assert "compiling and the first update took" in captured.out
+    assert "compiling…" in captured.err and "training: 100%" in captured.err
+
+
+def test_a_second_signal_acts_at_once(tmp_path):
+    def hook(position):
+        if position == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(KeyboardInterrupt):
+            _fit(data=toy.Data(hook), checkpointer=checkpoints)
+        assert checkpoints.steps() == ()
+
+
+def test_no_handler_is_installed_under_jax_distributed(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    before, during = signal.getsignal(signal.SIGTERM), []
+    _fit(num_steps=1, data=toy.Data(lambda _: during.append(signal.getsignal(signal.SIGTERM))))
+    assert during == [before]
+
+
+def test_data_that_ends_or_has_another_size_is_refused():
+    with pytest.raises(ValueError, match="ended after 2 updates but num_steps=6"):
+        _fit(data=toy.Data(length=2))
+    config = LoopConfig(num_steps=1, batch_size=5, progress=False)
+    with pytest.raises(ValueError, match=r"batch_size=5 but .* shapes \[\(4, 3\), \(4, 2\)\]"):
+        fit(_state(), _step(), toy.Data(), key=KEY, config=config)
+
+
+def test_lengths_below_one_are_refused():
+    with pytest.raises(ValueError, match="log_every must be at least 1, got 0"):
+        LoopConfig(num_steps=1, batch_size=1, log_every=0)
