@@ -132,7 +132,9 @@ class DiscreteSchedule:
 
 def _check_betas(beta_start: float, beta_end: float) -> None:
     if not 0.0 < beta_start <= beta_end < 1.0:
-        raise ValueError(f"expected 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
+        raise ValueError(
+            f"expected 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}"
+        )
 
 
 @dataclass(frozen=True)

@@ -304,7 +304,7 @@ def jumps(
     if int(grid.start) != 0:
         raise ValueError(f"jumps needs a grid that starts at step 0, got {int(grid.start)}")
     num_steps = int(grid.stop)
-    left = {t: num_resamples - 1 for t in range(0, num_steps - jump_length, jump_length)}
+    left = dict.fromkeys(range(0, num_steps - jump_length, jump_length), num_resamples - 1)
     t, path = num_steps, []
     while t >= 1:
         t -= 1

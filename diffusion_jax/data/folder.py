@@ -93,7 +93,7 @@ def find_captions(folder: str | Path, paths: list[Path]) -> list[str]:
             f"{len(missing)} of {len(paths)} pictures have no caption, the first is {missing[0]}; "
             "write captions.json, metadata.jsonl or a .txt beside each picture"
         )
-    return found
+    return [caption for caption in found if caption is not None]
 
 
 def class_names(folder: str | Path, paths: list[Path]) -> list[str]:

@@ -43,6 +43,10 @@ class Digits:
         pixels = digits.uint8_to_pixels(arrays["image"])
         return Arrays({**arrays, "image": digits.pixels_to_float(pixels)})
 
+    def oracle(self) -> digits.Oracle:
+        """The judge of generated digits, fitted on real training digits."""
+        return digits.fit_oracle()
+
 
 @dataclasses.dataclass(frozen=True)
 class ShapesData:

@@ -41,6 +41,12 @@ class Chain:
 
     guides: tuple[Guide, ...] = ()
 
+    def validate(self) -> None:
+        """Checks the knobs of every guide; for values, not tracers."""
+        for guide in self.guides:
+            if hasattr(guide, "validate"):
+                guide.validate()
+
     def __call__(self, denoise: DenoiseFn, uncond: Condition) -> DenoiseFn:
         for guide in self.guides:
             denoise = guide(denoise, uncond)

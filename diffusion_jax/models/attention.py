@@ -1,5 +1,6 @@
 """Attention: the function, the multi-head module over tokens, the block over pixels."""
 
+import re
 from typing import Literal
 
 import flax.linen as nn
@@ -15,19 +16,25 @@ Implementation = Literal["plain", "tiled", "xla", "cudnn"]
 TILE_ABOVE_BYTES = 32 * 2**20
 
 
-def _choose(q: Array, k: Array) -> Implementation:
+def _choose(q: Array, k: Array, mask: Array | None) -> Implementation:
     backend = jax.default_backend()
     if backend == "cpu":
         batch, queries, heads, _ = q.shape
         logit_bytes = 4 * batch * heads * queries * k.shape[1]
         return "tiled" if logit_bytes > TILE_ABOVE_BYTES and batch * heads > 1 else "plain"
-    # The limits of cuDNN's flash attention: Ampere or newer, half precision, small heads.
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if backend == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
-        capability = getattr(jax.devices()[0], "compute_capability", "0")
-        if str(capability).replace(".", "").isdigit() and float(capability) >= 8.0:
-            return "cudnn"
+    if backend == "gpu" and mask is None and _fits_cudnn(q, k):
+        return "cudnn"
     return "xla"
+
+
+def _fits_cudnn(q: Array, k: Array) -> bool:
+    """cuDNN's flash attention: Ampere or newer, half precision, even lengths, small heads."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
+        return False
+    if q.shape[1] % 2 or k.shape[1] % 2 or q.shape[-1] % 8 or q.shape[-1] > 128:
+        return False
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8.0
 
 
 def _one_head(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
@@ -44,8 +51,8 @@ def _one_head(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
 
 
 def _plain(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    heads_first = [jnp.swapaxes(a, 1, 2) for a in (q, k, v)]
-    return jnp.swapaxes(_one_head(*heads_first, mask), 1, 2)
+    q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
+    return jnp.swapaxes(_one_head(q, k, v, mask), 1, 2)
 
 
 def _tiled(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
@@ -100,7 +107,7 @@ def dot_product_attention(
     Source: Vaswani et al. 2017 (arXiv:1706.03762), eq. 1.
     """
     _check_shapes(q, k, v, mask)
-    implementation = _choose(q, k) if implementation is None else implementation
+    implementation = _choose(q, k, mask) if implementation is None else implementation
     if implementation == "plain":
         return _plain(q, k, v, mask)
     if implementation == "tiled":

@@ -171,7 +171,7 @@ class _Part(nn.Module):
     """A piece of the UNet: knows how this UNet makes its blocks."""
 
     config: UNetConfig
-    channels: int
+    level: LevelConfig
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -182,7 +182,7 @@ class _Part(nn.Module):
         config = self.config
         block = nn.remat(ResBlock) if config.remat else ResBlock
         return block(
-            channels=self.channels,
+            channels=self.level.channels,
             norm_groups=config.norm_groups,
             norm_eps=config.norm_eps,
             dropout=config.dropout,
@@ -196,7 +196,7 @@ class _Part(nn.Module):
         config = self.config
         block = nn.remat(AttentionBlock) if config.remat else AttentionBlock
         return block(
-            num_heads=config.heads(self.channels),
+            num_heads=config.heads(self.level.channels),
             norm_groups=norm_groups or config.norm_groups,
             norm_eps=config.norm_eps,
             name=name,
@@ -209,25 +209,21 @@ class DownLevel(_Part):
 
     Attributes:
       config: the whole UNet.
-      channels: width of the level.
-      num_blocks: residual blocks.
-      with_attention: self-attention after each of them.
+      level: this level.
       last: keep the resolution.
       dtype: dtype of activations.
       param_dtype: dtype of the parameters.
     """
 
-    num_blocks: int = 2
-    with_attention: bool = False
     last: bool = False
 
     @nn.compact
     def __call__(self, h: Array, emb: Array, keys: Key | None) -> tuple[Array, list[Array]]:
         """h: [B, H, W, C], emb: [B, E], keys: [B] or None -> ([B, H', W', C'], the skips)."""
         skips = []
-        for j in range(self.num_blocks):
+        for j in range(self.level.num_blocks):
             h = self.res_block(f"res_{j}")(h, emb, keys)
-            if self.with_attention:
+            if self.level.attention:
                 h = self.attention(f"attn_{j}")(h)
             skips.append(h)
         if self.last:
@@ -257,25 +253,31 @@ class UpLevel(_Part):
 
     Attributes:
       config: the whole UNet.
-      channels: width of the level.
-      num_blocks: residual blocks, one more than on the way down.
-      with_attention: self-attention after each of them.
+      level: this level.
       last: keep the resolution.
       dtype: dtype of activations.
       param_dtype: dtype of the parameters.
     """
 
-    num_blocks: int = 3
-    with_attention: bool = False
     last: bool = False
 
     @nn.compact
-    def __call__(self, h: Array, skips: list[Array], emb: Array, keys: Key | None) -> Array:
-        """h: [B, H, W, C], skips: [B, H, W, C_j] each -> [B, H', W', C']; emb, keys as above."""
-        for j in range(self.num_blocks):
-            h = jnp.concatenate([h, skips[j]], axis=-1)
+    def __call__(self, h: Array, skips: list[Array], emb: Array, *, keys: Key | None) -> Array:
+        """Applies one residual block to each skip.
+
+        Args:
+          h: [B, H, W, C].
+          skips: [B, H, W, C_j] each, in the order in which they are read.
+          emb: [B, E].
+          keys: [B] or None.
+
+        Returns:
+          [B, H', W', channels].
+        """
+        for j, skip in enumerate(skips):
+            h = jnp.concatenate([h, skip], axis=-1)
             h = self.res_block(f"res_{j}")(h, emb, keys)
-            if self.with_attention:
+            if self.level.attention:
                 h = self.attention(f"attn_{j}")(h)
         if self.last:
             return h
@@ -335,31 +337,14 @@ class UNet(nn.Module):
         )
         skips = [h]
         for i, level in enumerate(config.levels):
-            h, made = DownLevel(
-                config,
-                level.channels,
-                num_blocks=level.num_blocks,
-                with_attention=level.attention,
-                last=i == depth - 1,
-                name=f"down_{i}",
-                **types,
-            )(h, emb, keys)
+            down = DownLevel(config, level, last=i == depth - 1, name=f"down_{i}", **types)
+            h, made = down(h, emb, keys)
             skips += made
-
-        h = Middle(config, config.levels[-1].channels, name="mid", **types)(h, emb, keys)
-
+        h = Middle(config, config.levels[-1], name="mid", **types)(h, emb, keys)
         for i, level in enumerate(reversed(config.levels)):
-            num_blocks = level.num_blocks + 1
-            taken = [skips.pop() for _ in range(num_blocks)]
-            h = UpLevel(
-                config,
-                level.channels,
-                num_blocks=num_blocks,
-                with_attention=level.attention,
-                last=i == depth - 1,
-                name=f"up_{i}",
-                **types,
-            )(h, taken, emb, keys)
+            taken = [skips.pop() for _ in range(level.num_blocks + 1)]
+            up = UpLevel(config, level, last=i == depth - 1, name=f"up_{i}", **types)
+            h = up(h, taken, emb, keys=keys)
 
         h = nn.silu(GroupNorm(config.norm_groups, config.norm_eps, name="norm_out", **types)(h))
         return nn.Conv(

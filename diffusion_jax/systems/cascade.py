@@ -21,6 +21,6 @@ class System(NamedTuple):
 
 def single(stage: Stage) -> System:
     """A system of one stage, called "base"."""
-    return System({"base": stage}, lambda params, batch, keys: stage.sample(
-        params["base"], batch, keys
-    ))
+    return System(
+        {"base": stage}, lambda params, batch, keys: stage.sample(params["base"], batch, keys)
+    )

@@ -35,9 +35,7 @@ class ClassifierFreeSystem(DDPMSystem):
         conditioner = with_dropout(
             label(self.num_classes, self.network.embed_dim), self.label_dropout
         )
-        return single(
-            diffusion_stage(conditioner=conditioner, guide=self.guide(), **self.parts())
-        )
+        return single(diffusion_stage(conditioner=conditioner, guide=self.guide(), **self.parts()))
 
     def guide(self, scale: float | None = None) -> Chain:
         """Guidance, then threshold; `scale` replaces the configured one.

@@ -57,7 +57,9 @@ class DDPMSystem:
         Raises:
           ValueError: if the parts do not fit each other.
         """
-        return single(diffusion_stage(conditioner=UNCONDITIONAL, guide=self.threshold, **self.parts()))
+        return single(
+            diffusion_stage(conditioner=UNCONDITIONAL, guide=self.threshold, **self.parts())
+        )
 
     def parts(self) -> dict:
         """The arguments of `diffusion_stage` that do not depend on the condition."""

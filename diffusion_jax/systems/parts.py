@@ -1,7 +1,7 @@
 """The parts that a system is configured with, and the tables that name them."""
 
 from diffusion_jax.core.denoiser import TIME_INPUTS
-from diffusion_jax.core.parameterization import PARAMETERIZATIONS, V, X0, EDMPreconditioning, Eps
+from diffusion_jax.core.parameterization import PARAMETERIZATIONS, X0, EDMPreconditioning, Eps, V
 from diffusion_jax.core.schedules import (
     EDM,
     SCHEDULES,

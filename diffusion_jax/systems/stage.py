@@ -77,8 +77,10 @@ def validate(*parts: object) -> None:
 
 def _check_image(image: Array, shape: tuple[int, ...]) -> None:
     if tuple(image.shape[1:]) != tuple(shape):
-        raise ValueError(f"expected images of shape [B, {', '.join(map(str, shape))}], got "
-                         f"{list(image.shape)}; set the system's image size or the data's")
+        raise ValueError(
+            f"expected images of shape [B, {', '.join(map(str, shape))}], got "
+            f"{list(image.shape)}; set the system's image size or the data's"
+        )
 
 
 def diffusion_stage(

@@ -34,10 +34,8 @@ def test_the_split_is_stratified_and_fixed(splits):
     test = np.bincount(splits["test"]["label"])
     assert np.abs(test - counts / 5).max() <= 1
     order = digits.split_indices(load_digits().target, "test")
-    # Legacy numpy streams never change, so neither may this.
     np.testing.assert_array_equal(order, digits.split_indices(load_digits().target, "test"))
-    train = digits.split_indices(load_digits().target, "train")
-    assert not set(order) & set(train)
+    assert not set(order) & set(digits.split_indices(load_digits().target, "train"))
 
 
 def test_labels_belong_to_their_images(splits):
@@ -65,24 +63,11 @@ def test_an_unknown_split_is_refused():
 
 
 def test_the_oracle_knows_held_out_digits(oracle, splits):
-    """Ceiling on real data, floor on shuffled labels, unsure of noise."""
+    """99 % on real held-out digits; a tenth on labels that belong to other images."""
     test = splits["test"]
-    assert oracle.accuracy(test["image"], test["label"]) >= 0.975
-    assert oracle.accuracy(test["image"], np.roll(test["label"], 1)) <= 0.2
-    sure = (oracle.probabilities(test["image"]).max(axis=1) >= 0.8).mean()
-    assert sure >= 0.9
-    # The Gaussian fitted to the data, which has their mean and covariance, must not pass.
-    rng = np.random.default_rng(0)
-    flat = splits["train"]["image"].reshape(1437, 64).astype(np.float64)
-    fake = rng.multivariate_normal(flat.mean(axis=0), np.cov(flat.T), 500, method="eigh")
-    unsure = (oracle.probabilities(fake.reshape(-1, 8, 8, 1)).max(axis=1) >= 0.8).mean()
-    assert unsure < sure - 0.15
-
-
-def test_the_oracle_gives_probabilities(oracle, splits):
-    probabilities = oracle.probabilities(splits["test"]["image"][:5])
-    assert probabilities.shape == (5, 10)
-    np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, rtol=1e-9)
+    assert oracle.accuracy(test["image"], test["label"]) >= 0.99
+    shuffled = np.random.default_rng(0).permutation(test["label"])
+    assert oracle.accuracy(test["image"], shuffled) <= 0.2
 
 
 @pytest.mark.parametrize(

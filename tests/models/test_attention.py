@@ -70,9 +70,9 @@ def test_a_cpu_tiles_what_is_big(monkeypatch):
     if jax.default_backend() != "cpu":
         pytest.fail("the suite runs on the CPU")
     q, k, v = qkv()
-    assert attention_module._choose(q, k) == "plain"
+    assert attention_module._choose(q, k, None) == "plain"
     monkeypatch.setattr(attention_module, "TILE_ABOVE_BYTES", 4 * B * H * N * M - 1)
-    assert attention_module._choose(q, k) == "tiled"
+    assert attention_module._choose(q, k, None) == "tiled"
 
 
 def test_bfloat16_keeps_a_float32_softmax():

@@ -30,7 +30,7 @@ from diffusion_jax.core.types import NoiseLevel
 from diffusion_jax.guidance import DynamicThreshold, StaticThreshold, Unguided
 from diffusion_jax.samplers import DDIM, DDPM, DPMSolverMultistep, Euler, Heun, sample
 
-MAX_STEPS = 64
+MAX_STEPS = 1000
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 BETA_SCHEDULES = {"linear": Linear, "scaled_linear": ScaledLinear, "sigmoid": SigmoidBeta}
 
@@ -204,6 +204,14 @@ def _table_for_ratios(schedule: DiscreteSchedule) -> np.ndarray:
     return table
 
 
+def _karras(schedule: DiscreteSchedule, count: int, **options) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(schedule, ZeroTerminalSNR):
+        raise Unsupported("Karras levels up to infinite σ/α")
+    levels = karras(schedule, count, max_steps=count, **options).levels
+    t, alpha, sigma = (np.asarray(field[:-1], np.float64) for field in levels)
+    return t, sigma / alpha
+
+
 def _final_ratio(options: Options, ratios: np.ndarray) -> float:
     final = options.take("final_sigmas_type", "zero")
     if final not in ("zero", "sigma_min"):
@@ -224,9 +232,7 @@ def _exploding(
     ratios = np.interp(times, np.arange(total), all_ratios)
     if options.take("use_karras_sigmas", False):
         ends = {"sigma_min": ratios[-1], "sigma_max": ratios[0]}
-        grid = karras(schedule, count, max_steps=count, **ends)
-        times = np.asarray(grid.levels.t[:-1], np.float64)
-        ratios = np.asarray(grid.levels.sigma[:-1] / grid.levels.alpha[:-1], np.float64)
+        times, ratios = _karras(schedule, count, **ends)
     options.require(use_exponential_sigmas=False, use_beta_sigmas=False)
     top = ratios.max()
     ratios = np.append(ratios, _final_ratio(options, all_ratios))
@@ -288,9 +294,9 @@ def _dpm(options: Options, steps: Options, step: Options, schedule: DiscreteSche
     times = _dpm_times(options, steps, table)
     ratios = all_ratios[times.astype(int)]
     if options.take("use_karras_sigmas", False):
-        grid = karras(schedule, len(times), max_steps=len(times), round_t=True)
-        times = np.asarray(grid.levels.t[:-1], np.float64)
-        ratios = np.asarray(grid.levels.sigma[:-1] / grid.levels.alpha[:-1], np.float64)
+        if isinstance(schedule, Cosine):
+            raise Unsupported("times that are cut instead of rounded")
+        times, ratios = _karras(schedule, len(times), round_t=True)
     final = _final_ratio(options, all_ratios)
     if order == 2 and final > 0 and (at_final or (lower and len(times) < 15)):
         raise Unsupported("a first-order step at the end")

@@ -1,0 +1,257 @@
+"""The command line: diffusion-jax train | sample | evaluate | demo | data."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from diffusion_jax.configuration import TABLES
+from diffusion_jax.experiment import EXPERIMENTS, Experiment, find
+
+USAGE = f"""usage: diffusion-jax COMMAND …
+
+  train NAME [--tiny] --workdir DIR     train an experiment, or go on with it
+  sample NAME [--tiny] --workdir DIR    draw images with a trained run's averaged weights
+  evaluate NAME [--tiny] --workdir DIR  score a trained run against real data
+  demo                                  train, sample and score handwritten digits in minutes
+  data prepare SET                      make digits, mnist or cifar10 ready for training
+
+NAME is one of {", ".join(EXPERIMENTS)}, a .py file that defines CONFIG, a .json file, or the
+working directory of a run. Every value of the experiment is an option (see COMMAND NAME --help);
+a part is exchanged by its name: --system.sampler ddim, --system.schedule cosine.
+"""
+
+Config = Annotated[Experiment, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Trains an experiment, going on from the newest checkpoint.
+
+    Attributes:
+      workdir: where configuration, checkpoints and logs go.
+    """
+
+    config: Config
+    workdir: Path
+
+    def run(self) -> int:
+        from diffusion_jax.commands.train import train
+
+        train(self.config, self.workdir)
+        return 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draws images with the averaged weights of the newest checkpoint.
+
+    Attributes:
+      workdir: of a trained run.
+      labels: classes to draw, repeated until there are num_images; all classes in turn if empty.
+      num_images: images to draw.
+      scale: guidance scale; the configured one if not given.
+      num_steps: sampling steps; the configured ones if not given.
+      seed: image i is a function of seed and i.
+      batch_size: images drawn at once.
+      out: folder for the images; WORKDIR/samples if not given.
+    """
+
+    config: Config
+    workdir: Path
+    labels: tuple[int, ...] = ()
+    num_images: int = 40
+    scale: float | None = None
+    num_steps: int | None = None
+    seed: int = 0
+    batch_size: int = 256
+    out: Path | None = None
+
+    def run(self) -> int:
+        from diffusion_jax.commands.sample import draw
+
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        draw(options.pop("config"), options.pop("workdir"), **options)
+        return 0
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Scores a trained run and writes metrics.json with its pictures.
+
+    Exits with 1 if a score is outside of what the experiment expects.
+
+    Attributes:
+      workdir: of a trained run.
+    """
+
+    config: Config
+    workdir: Path
+
+    def run(self) -> int:
+        from diffusion_jax.commands.evaluate import evaluate, show
+
+        return 0 if show(evaluate(self.config, self.workdir)) else 1
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The main job: trains on real digits, draws all ten classes, and scores them.
+
+    Attributes:
+      workdir: where everything goes.
+    """
+
+    config: Config
+    workdir: Path = Path("runs/demo")
+
+    def run(self) -> int:
+        Train(self.config, self.workdir).run()
+        status = Evaluate(self.config, self.workdir).run()
+        print(f"checkpoint, pictures and metrics.json are in {self.workdir}")
+        return status
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Makes a data set ready for training.
+
+    Attributes:
+      name: digits, mnist or cifar10.
+      source_dir: folder with the original files; downloaded if not given.
+      data_dir: where prepared sets are kept; TFDS's default if not given.
+    """
+
+    name: tyro.conf.Positional[str]
+    source_dir: Path | None = None
+    data_dir: Path | None = None
+
+    def run(self) -> int:
+        from diffusion_jax.data.prepare import prepare
+
+        print(prepare(self.name, self.source_dir, self.data_dir))
+        return 0
+
+
+COMMANDS: dict[str, type] = {"train": Train, "sample": Sample, "evaluate": Evaluate, "demo": Demo}
+
+
+def exchange_parts(config: Any, arguments: Sequence[str]) -> tuple[Any, list[str]]:
+    """Takes part options out of the arguments and exchanges the parts.
+
+    `--system.sampler ddim` puts a default DDIM where the configuration has another sampler;
+    options of the new part may follow.
+
+    Returns:
+      the changed configuration and the arguments that are left.
+
+    Raises:
+      ValueError: if a table has no part of that name.
+    """
+    left, index = [], 0
+    while index < len(arguments):
+        path, separator, value = arguments[index].partition("=")
+        names = path.removeprefix("--").replace("-", "_").split(".")
+        if path.startswith("--") and names[-1] in TABLES and _reaches_part(config, names):
+            if not separator:
+                index += 1
+                if index == len(arguments):
+                    raise ValueError(f"{path} needs one of {sorted(TABLES[names[-1]])}")
+                value = arguments[index]
+            config = _replace_part(config, names, value)
+        else:
+            left.append(arguments[index])
+        index += 1
+    return config, left
+
+
+def _reaches_part(config: Any, names: list[str]) -> bool:
+    for name in names:
+        if not hasattr(config, name):
+            return False
+        config = getattr(config, name)
+    return dataclasses.is_dataclass(config)
+
+
+def _replace_part(config: Any, names: list[str], kind: str) -> Any:
+    name, *rest = names
+    if rest:
+        part = _replace_part(getattr(config, name), rest, kind)
+        return dataclasses.replace(config, **{name: part})
+    if kind not in TABLES[name]:
+        raise ValueError(f"{name} must be one of {sorted(TABLES[name])}, got {kind!r}")
+    return dataclasses.replace(config, **{name: TABLES[name][kind]()})
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """The command that the arguments say, ready to run.
+
+    Raises:
+      ValueError: for an unknown command, experiment or part.
+      SystemExit: from tyro, for --help, an unknown option or a value of the wrong type.
+    """
+    command, *rest = arguments
+    if command == "data":
+        if rest[:1] != ["prepare"]:
+            raise ValueError("expected: diffusion-jax data prepare SET")
+        return tyro.cli(Prepare, args=rest[1:], prog="diffusion-jax data prepare")
+    if command not in COMMANDS:
+        raise ValueError(f"unknown command {command!r}; there are {[*COMMANDS, 'data']}")
+    defaults: dict[str, Any] = {}
+    if command == "demo":
+        name, config = "", find("classifier_free", tiny=True)
+    else:
+        if not rest or rest[0].startswith("-"):
+            raise ValueError(f"diffusion-jax {command} needs an experiment: {list(EXPERIMENTS)}")
+        name, *rest = rest
+        tiny = "--tiny" in rest
+        rest = [argument for argument in rest if argument != "--tiny"]
+        config = find(name, tiny=tiny)
+        if Path(name).is_dir():
+            defaults["workdir"] = Path(name)
+    config, rest = exchange_parts(config, rest)
+    cls = COMMANDS[command]
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            defaults.setdefault(field.name, field.default)
+    defaults.setdefault("workdir", tyro.MISSING)
+    return tyro.cli(
+        cls,
+        args=rest,
+        default=cls(config=config, **defaults),
+        prog=f"diffusion-jax {command} {name}".rstrip(),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit status: 0 done, 1 an expected score missed, 2 a wrong call."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    try:
+        command = parse(arguments)
+        return command.run()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(
+            f"\n{interrupt or 'interrupted'}; the same command goes on from here", file=sys.stderr
+        )
+        return 130
+
+
+def experiment_main(name: str) -> int:
+    """`python -m experiments.NAME COMMAND …`: the command line of one experiment."""
+    command, *rest = sys.argv[1:] or ["--help"]
+    return main([command] if command in ("-h", "--help") else [command, name, *rest])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""Train, go on, sample and evaluate: the commands on real digits with a tiny network."""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax import cli
+from diffusion_jax.commands import evaluate as evaluate_command
+from diffusion_jax.commands import train as train_command
+from diffusion_jax.commands.scores import check_expected, summary, table
+from diffusion_jax.core.timesteps import Steps
+from diffusion_jax.data import Digits, ShapesData
+from diffusion_jax.data.sources import Arrays
+from diffusion_jax.experiment import Evaluation, Training, find
+from diffusion_jax.models import MLPConfig
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    tiny = find("classifier_free", tiny=True)
+    return replace(
+        tiny,
+        system=replace(
+            tiny.system, network=MLPConfig(width=16, depth=1), steps=Steps(num_steps=2, max_steps=4)
+        ),
+        data=Digits(data_dir=str(tmp_path_factory.mktemp("data"))),
+        training=Training(num_steps=4, batch_size=8, log_every=2, eval_every=4, checkpoint_every=4),
+        evaluation=Evaluation(num_samples=200, scales=(1.0, 3.0), batch_size=100),
+        expected={"min_nearest_ratio": (0.0, 0.01)},
+    )
+
+
+@pytest.fixture(scope="module")
+def workdir(experiment, tmp_path_factory):
+    """A run of four steps."""
+    folder = tmp_path_factory.mktemp("run")
+    train_command.train(experiment, folder)
+    return folder
+
+
+def longer(experiment, num_steps):
+    return replace(experiment, training=replace(experiment.training, num_steps=num_steps))
+
+
+def rows_of(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+
+def test_a_run_leaves_configuration_checkpoint_log_and_sample_grid(experiment, workdir):
+    assert find(str(workdir)) == experiment
+    assert train_command.restore_params(workdir)[0] == 4
+    assert [step for step, _ in rows_of(workdir)] == [2, 4]
+    picture = Image.open(workdir / "metrics.images" / "samples_00000004.png")
+    assert picture.size == (10 * 8, 4 * 8)
+
+
+def test_a_run_in_two_parts_equals_one_in_one(experiment, tmp_path):
+    train_command.train(longer(experiment, 2), tmp_path / "parts")
+    parts = train_command.train(experiment, tmp_path / "parts")
+    whole = train_command.train(experiment, tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+
+
+def test_a_directory_belongs_to_one_experiment(experiment, workdir):
+    other = replace(experiment, training=replace(experiment.training, batch_size=16))
+    with pytest.raises(ValueError, match=r"other values of training\.batch_size"):
+        train_command.train(other, workdir)
+
+
+def read(folder):
+    return np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("0*.png"))])
+
+
+def test_sampling_writes_images_that_do_not_depend_on_the_batch(workdir, tmp_path):
+    call = ["sample", str(workdir), "--labels", "3", "5", "--num-images", "6", "--scale", "2"]
+    assert cli.main([*call, "--out", str(tmp_path / "a")]) == 0
+    assert cli.main([*call, "--out", str(tmp_path / "b"), "--batch-size", "2"]) == 0
+    a, b = read(tmp_path / "a"), read(tmp_path / "b")
+    assert a.shape == (6, 8, 8)
+    # Images are equal to 1e-5, so rounding to bytes may differ by one level.
+    assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
+    settings = json.loads(Image.open(tmp_path / "a" / "00001.png").text["diffusion_jax"])
+    assert settings["label"] == 5 and settings["index"] == 1 and settings["scale"] == 2.0
+    assert Image.open(tmp_path / "a" / "grid.png").size == (48, 8)
+
+
+def test_evaluation_scores_draws_and_is_not_repeated(workdir, capsys):
+    assert cli.main(["evaluate", str(workdir)]) == 1  # the expectation cannot be met
+    shown = capsys.readouterr().out
+    assert "held-out" in shown and "scale 3" in shown and "NOT MET" in shown
+    report = json.loads((workdir / "metrics.json").read_text())
+    assert report["rows"]["held-out"]["accuracy"] >= 0.99
+    assert report["rows"]["shuffled labels"]["accuracy"] <= 0.2
+    for name in ("samples", "guidance", "loss"):
+        assert Image.open(workdir / f"{name}.png").size[0] > 300
+    before = (workdir / "metrics.json").stat().st_mtime_ns
+    assert cli.main(["evaluate", str(workdir)]) == 1
+    assert (workdir / "metrics.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--num-images", "0"], "num_images must be at least 1"),
+        (["--labels", "10"], "0 … 9"),
+        (["--num-steps", "0"], "num_steps must be at least 1"),
+        (["--num-steps", "5"], "num_steps = 5 exceeds max_steps = 4"),
+        (["--scale", "nan"], "finite"),
+        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--workdir", "nowhere"], "no checkpoint"),
+    ],
+)
+def test_wrong_calls_of_sample_are_refused_before_compiling(
+    workdir, capsys, monkeypatch, arguments, message
+):
+    monkeypatch.setattr(jax, "jit", lambda *_, **__: pytest.fail("compiled"))
+    assert cli.main(["sample", str(workdir), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def source_of(image, label=0):
+    return Arrays({"image": np.asarray(image)[None], "label": np.asarray([label])})
+
+
+class Fixed:
+    """A data configuration around a source."""
+
+    num_classes = 10
+
+    def __init__(self, source):
+        self._source = source
+
+    def source(self):
+        return self._source
+
+
+GOOD = np.zeros((8, 8, 1), np.float32)
+
+
+@pytest.mark.parametrize(
+    "source, changes, message",
+    [
+        (source_of(np.zeros((8, 8), np.float32)), {}, "shape"),
+        (source_of(np.zeros((8, 8, 1), np.uint8)), {}, "uint8"),
+        (source_of(255 * np.ones((8, 8, 1), np.float32)), {}, r"\[-1, 1\]"),
+        (source_of(np.zeros((16, 16, 1), np.float32)), {}, "the data's images are"),
+        (source_of(GOOD, 11), {}, "0 … 9"),
+        (Arrays({"image": GOOD[None]}), {}, "needs labels"),
+        (Arrays({"image": GOOD[None][:0]}), {}, "no examples"),
+        (source_of(GOOD), {"batch_size": 7}, "does not split over 2 devices"),
+        (source_of(GOOD), {"stage": "prior"}, "stage must be one of"),
+        (source_of(GOOD), {"batch_size": 2}, "fewer than one batch"),
+        (
+            Arrays({"image": GOOD[None].repeat(8, 0), "label": np.zeros(8, np.int32)}),
+            {"batch_size": 2, "trainable": ("encoder/**",)},
+            "'encoder/\\*\\*' matches no parameter",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_compiling(
+    experiment, tmp_path, monkeypatch, source, changes, message
+):
+    wrong = replace(
+        experiment, data=Fixed(source), training=replace(experiment.training, **changes)
+    )
+    monkeypatch.setattr(jax, "jit", lambda *_, **__: pytest.fail("compiled"))
+    with pytest.raises(ValueError, match=message):
+        train_command.train(wrong, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_number_of_classes_must_agree(experiment, tmp_path):
+    wrong = replace(experiment, system=replace(experiment.system, num_classes=12))
+    with pytest.raises(ValueError, match="the data has 10 classes, the system 12"):
+        train_command.train(wrong, tmp_path / "run")
+
+
+def test_data_without_a_held_out_split_cannot_be_compared(experiment):
+    with pytest.raises(ValueError, match="no held-out split"):
+        evaluate_command.real_data(replace(experiment, data=Fixed(source_of(GOOD))))
+    reference = evaluate_command.real_data(
+        replace(experiment, data=ShapesData(image_size=8, num_examples=5))
+    )
+    assert reference.oracle is None and len(reference.test["image"]) == 5
+
+
+def test_summary_finds_the_best_scale_and_the_fall_of_recall():
+    def row(train, test, recall):
+        return {
+            "frechet_train": train,
+            "frechet_test": test,
+            "recall": recall,
+            "nearest_ratio": 1.0,
+        }
+
+    scores = summary(
+        {
+            "held-out": {"frechet_train": 2.0},
+            "scale 1": row(1.0, 4.0, 0.9),
+            "scale 2": row(3.0, 3.0, 0.7),
+            "scale 3": row(5.0, 6.0, 0.4),
+        }
+    )
+    assert (scores["best_scale_train"], scores["best_scale_test"]) == (1.0, 2.0)
+    assert scores["best_frechet_train_ratio"] == 0.5
+    assert scores["best_frechet_test_ratio"] == 1.5
+    assert scores["recall_drop"] == pytest.approx(0.5)
+    assert scores["scale 2/recall"] == 0.7
+
+
+def test_expectations_are_checked_and_must_have_been_measured():
+    rows = check_expected({"a": 0.5, "b": 2.0}, {"a": (0.0, 1.0), "b": (0.0, 1.0)})
+    assert [row[-1] for row in rows] == [True, False]
+    with pytest.raises(ValueError, match=r"\['c'\] were not measured"):
+        check_expected({"a": 0.5}, {"c": (0.0, 1.0)})
+
+
+def test_a_table_has_a_line_a_row_and_leaves_gaps():
+    lines = table({"a": {"x": 1.0, "num_samples": 30.0}, "bb": {"x": 0.25}}).splitlines()
+    assert lines[0].split() == ["x", "num_samples"]
+    assert lines[1].split() == ["a", "1.000", "30"] and lines[2].split() == ["bb", "0.250"]

@@ -1,0 +1,155 @@
+"""Systems: stages assembled of parts train, sample, and compile once."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.core.arrays import as_arrays, image_keys
+from diffusion_jax.core.parameterization import Eps, V
+from diffusion_jax.core.schedules import Cosine, Linear, ZeroTerminalSNR
+from diffusion_jax.core.timesteps import Steps, trailing
+from diffusion_jax.guidance import ClassifierFree, StaticThreshold
+from diffusion_jax.models import MLPConfig
+from diffusion_jax.samplers import DDIM, DDPM
+from diffusion_jax.systems import ClassifierFreeSystem, DDPMSystem
+from diffusion_jax.training.ema import EMA
+from diffusion_jax.training.optimizer import Optimizer
+from diffusion_jax.training.state import TrainState
+from diffusion_jax.training.step import make_train_step, step_keys
+
+SYSTEM = ClassifierFreeSystem(
+    image_size=4,
+    channels=1,
+    network=MLPConfig(width=16, depth=1),
+    schedule=Cosine(),
+    parameterization=V(),
+    sampler=DDIM(),
+    steps=Steps(num_steps=4, max_steps=8),
+    num_classes=3,
+)
+STAGE = SYSTEM.build().stages["base"]
+LABELS = {"label": jnp.asarray([0, 1, 2, 0], jnp.int32)}
+KEYS = image_keys(0, np.arange(4))
+
+
+def params_of(stage):
+    """Parameters with every leaf random: output layers start at zero otherwise."""
+    shapes = jax.eval_shape(stage.init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda s: jnp.asarray(0.3 * rng.standard_normal(s.shape), jnp.float32), shapes
+    )
+
+
+PARAMS = params_of(STAGE)
+TRACES = []
+
+
+@jax.jit
+def draw(params, batch, keys, guide, sampler, grid):
+    TRACES.append(1)
+    return STAGE.sample(params, batch, keys, guide=guide, sampler=sampler, grid=grid)
+
+
+def drawn(*, scale=2.0, eta=0.5, steps=4, labels=LABELS, keys=KEYS):
+    grid = trailing(SYSTEM.schedule, steps, max_steps=8)
+    guide = as_arrays(SYSTEM.guide(scale))
+    return draw(PARAMS, labels, keys, guide, as_arrays(DDIM(eta=eta)), grid)
+
+
+def test_one_compilation_for_scale_eta_seed_label_and_steps():
+    reference = drawn()
+    others = [
+        drawn(scale=3),
+        drawn(eta=0.9),
+        drawn(steps=7),
+        drawn(labels={"label": LABELS["label"][::-1]}),
+        drawn(keys=image_keys(7, np.arange(4))),
+    ]
+    assert len(TRACES) == 1
+    for other in others:
+        assert other.shape == (4, 4, 4, 1) and np.isfinite(other).all()
+        assert np.abs(other - reference).max() > 1e-4
+
+
+def test_scale_1_is_the_conditional_model_and_scale_0_ignores_the_label():
+    conditional = STAGE.sample(
+        PARAMS,
+        LABELS,
+        KEYS,
+        guide=StaticThreshold(),
+        grid=trailing(Cosine(), 4, max_steps=8),
+        sampler=DDIM(eta=0.5),
+    )
+    np.testing.assert_allclose(drawn(scale=1), conditional, atol=1e-5)
+    other = {"label": (LABELS["label"] + 1) % 3}
+    np.testing.assert_allclose(drawn(scale=0), drawn(scale=0, labels=other), atol=1e-5)
+
+
+def test_defaults_of_the_stage_are_those_of_the_configuration():
+    assert STAGE.guide.guides == (ClassifierFree(1.5), StaticThreshold())
+    assert STAGE.sampler == DDIM()
+    assert int(STAGE.grid.stop) == 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_unconditional_loss_and_sample(dtype):
+    """Either dtype gives finite float32 results, at both ends of the grid."""
+    system = DDPMSystem(
+        image_size=4,
+        channels=1,
+        network=MLPConfig(width=16, depth=1),
+        dtype=dtype,
+        schedule=Linear(),
+        sampler=DDPM("small"),
+        steps=Steps(num_steps=3, max_steps=3),
+    )
+    stage = system.build().stages["base"]
+    params = params_of(stage)
+    batch = {"image": jnp.zeros((4, 4, 4, 1)), **LABELS}
+    loss, metrics = stage.loss(params, batch, KEYS)
+    assert loss.dtype == jnp.float32 and np.isfinite(loss) and not metrics
+    images = system.build().sample({"base": params}, batch, KEYS)
+    assert images.dtype == jnp.float32 and np.abs(images).max() <= 1.0
+
+
+def test_only_what_the_globs_name_is_trained():
+    tx = Optimizer(learning_rate=0.1).build()
+    state = TrainState.create(params_of(STAGE), tx, trainable=("conditioner/**",))
+    frozen = jax.tree.map(np.asarray, state.frozen)
+    before = np.asarray(state.trainable["conditioner"]["embedding"])
+    step = jax.jit(make_train_step(STAGE.loss, tx, ema=EMA(0.9)))
+    batch = {"image": 0.1 * jnp.ones((4, 4, 4, 1)), **LABELS}
+    for number in range(3):
+        state, _ = step(state, batch, step_keys(jax.random.key(0), number, 4))
+    jax.tree.map(np.testing.assert_array_equal, frozen, dict(state.frozen))
+    assert np.abs(state.trainable["conditioner"]["embedding"] - before).max() > 0.01
+    # Two moments of one [4, D] table and counters: nothing for the frozen network.
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
+    assert moments <= 2 * before.size + 4
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"schedule": ZeroTerminalSNR(), "parameterization": Eps()}, "'v' or 'x0'"),
+        ({"time_input": "seconds"}, "'seconds'"),
+        ({"dtype": "float16"}, "'float16'"),
+        ({"sampler": DDIM(eta=2.0)}, "eta must lie in"),
+        ({"guidance": ClassifierFree(float("nan"))}, "scale must be a finite number"),
+        ({"threshold": StaticThreshold(-1.0)}, "limit must be positive"),
+        ({"label_dropout": 1.0}, "dropout rate"),
+        ({"num_classes": 0}, "num_classes"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_when_the_system_is_built(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SYSTEM, **changes).build()
+
+
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"\[B, 4, 4, 1\], got \[4, 8, 8, 1\]"):
+        STAGE.loss(PARAMS, {"image": jnp.zeros((4, 8, 8, 1)), **LABELS}, KEYS)

@@ -1,0 +1,96 @@
+"""The command line: options reach the configuration, parts are exchanged, mistakes are named."""
+
+from pathlib import Path
+
+import pytest
+
+from diffusion_jax import cli
+from diffusion_jax.experiment import find, save
+from diffusion_jax.guidance import DynamicThreshold
+from diffusion_jax.samplers import DDIM, DPMSolverMultistep
+
+TRAIN = ["train", "classifier_free", "--tiny", "--workdir", "w"]
+
+
+def test_options_change_the_experiment():
+    command = cli.parse(
+        [
+            *TRAIN,
+            "--training.num-steps",
+            "7",
+            "--system.guidance.scale=2.5",
+            "--system.network.levels.0.channels",
+            "24",
+            "--training.trainable",
+            "a/**",
+            "b/*",
+        ]
+    )
+    assert command.workdir == Path("w")
+    config = command.config
+    assert config.training.num_steps == 7 and config.system.guidance.scale == 2.5
+    assert config.system.network.levels[0].channels == 24
+    assert config.training.trainable == ("a/**", "b/*")
+    assert config.data == find("classifier_free", tiny=True).data
+
+
+def test_without_options_the_experiment_is_what_the_file_says():
+    assert cli.parse(TRAIN).config == find("classifier_free", tiny=True)
+    assert cli.parse(["demo"]).config == find("classifier_free", tiny=True)
+
+
+def test_parts_are_exchanged_by_name_and_take_options():
+    command = cli.parse(
+        [
+            *TRAIN,
+            "--system.sampler",
+            "ddim",
+            "--system.sampler.eta",
+            "0.5",
+            "--system.threshold=dynamic",
+            "--system.threshold.percentile",
+            "99",
+        ]
+    )
+    assert command.config.system.sampler == DDIM(eta=0.5)
+    assert command.config.system.threshold == DynamicThreshold(99.0)
+    assert find("classifier_free", tiny=True).system.sampler == DPMSolverMultistep()
+
+
+def test_a_working_directory_is_an_experiment(tmp_path):
+    save(find("ddpm", tiny=True), tmp_path / "config.json")
+    command = cli.parse(["sample", str(tmp_path), "--num-images", "3", "--labels", "1", "2"])
+    assert command.workdir == tmp_path and command.config == find("ddpm", tiny=True)
+    assert command.num_images == 3 and command.labels == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["paint"], "unknown command 'paint'"),
+        (["train"], "needs an experiment"),
+        (["train", "dpm", "--workdir", "w"], "no experiment 'dpm'"),
+        ([*TRAIN, "--system.sampler", "dim"], "sampler must be one of"),
+        ([*TRAIN, "--system.sampler"], "needs one of"),
+        (["data", "polish"], "data prepare"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(capsys, arguments, message):
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--training.num-step", "--system.sampler.eta"])
+def test_an_unknown_option_is_refused(capsys, option):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*TRAIN, option, "3"])
+    assert stop.value.code == 2
+    assert option in capsys.readouterr().err
+
+
+def test_help_lists_the_commands(capsys):
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in [*cli.COMMANDS, "data prepare"])
+    assert cli.main([]) == 2
