@@ -2,7 +2,7 @@
 #
 #   make demo                  runs the main job on this machine
 #   make test                  runs every test
-#   make check                 runs what continuous integration demands of a commit
+#   make check                 lint, types and the fast tests, in about a minute and a half
 #   make parity PARITY=folder  compares with reference cases in a folder
 #   make clean                 removes .venv and everything built
 #

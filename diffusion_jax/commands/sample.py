@@ -27,8 +27,7 @@ def make_sampler(stage: Stage) -> Callable[..., np.ndarray]:
     Returns:
       (params, batch, *, seed, batch_size, guide=None, sampler=None, grid=None,
       progress=None) -> images [N, H, W, C] float32. Image i depends on (seed, i) and on row i
-      of the batch, never on batch_size or the devices. It raises ValueError if batch_size is
-      below 1.
+      of the batch, never on batch_size or the devices.
     """
     mesh = make_mesh()
 
@@ -48,8 +47,6 @@ def make_sampler(stage: Stage) -> Callable[..., np.ndarray]:
         grid: Any = None,
         progress: str | None = None,
     ) -> np.ndarray:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         total = len(batch["label"])
         whole = -(-min(batch_size, total) // mesh.size) * mesh.size
         guide = as_arrays(stage.guide if guide is None else guide)
@@ -123,6 +120,8 @@ def draw(
     Raises:
       ValueError: if a value is out of range, or there is no checkpoint.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     system = config.system
     chosen = _labels(config, labels, num_images)
     steps = system.steps if num_steps is None else replace(system.steps, num_steps=num_steps)

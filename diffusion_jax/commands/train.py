@@ -144,8 +144,6 @@ def train(experiment: Experiment, workdir: Path) -> TrainState:
     key = jax.random.key(config.seed)
     shapes = jax.eval_shape(stage.init, key)
     by_glob(shapes, *config.trainable)
-    _claim(workdir, experiment)
-
     data = batches(
         source,
         batch_size=config.batch_size,
@@ -153,6 +151,8 @@ def train(experiment: Experiment, workdir: Path) -> TrainState:
         flip=config.flip,
         keys=("image",) if num_classes(experiment) is None else ("image", "label"),
     )
+    _claim(workdir, experiment)
+
     tx = experiment.optimizer.build()
     step = make_train_step(stage.loss, tx, ema=config.ema, accumulate=config.accumulate)
     key_init, key_train = jax.random.split(key)

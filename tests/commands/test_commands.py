@@ -11,12 +11,15 @@ from PIL import Image
 from diffusion_jax import cli
 from diffusion_jax.commands import evaluate as evaluate_command
 from diffusion_jax.commands import train as train_command
+from diffusion_jax.commands.run import restore_params
 from diffusion_jax.commands.scores import check_expected, summary, table
 from diffusion_jax.core.timesteps import Steps
 from diffusion_jax.data import Digits, ShapesData
 from diffusion_jax.data.sources import Arrays
 from diffusion_jax.experiment import Evaluation, Training, find
 from diffusion_jax.models import MLPConfig
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ def rows_of(folder):
 
 def test_a_run_leaves_configuration_checkpoint_log_and_sample_grid(experiment, workdir):
     assert find(str(workdir)) == experiment
-    assert train_command.restore_params(workdir)[0] == 4
+    assert restore_params(workdir)[0] == 4
     assert [step for step, _ in rows_of(workdir)] == [2, 4]
     picture = Image.open(workdir / "metrics.images" / "samples_00000004.png")
     assert picture.size == (10 * 8, 4 * 8)

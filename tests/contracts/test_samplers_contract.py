@@ -78,6 +78,7 @@ def run(name, *, num_steps=4, seed=0, scale=2.0, labels=(0, 1, 2, 1), grid=None,
     return np.asarray(runner(name).call(*knobs, x, keys, *conditions(list(labels))))
 
 
+@pytest.mark.slow
 @every_row
 def test_same_key_same_result_and_other_key_other_result(name):
     first = run(name)
@@ -119,6 +120,7 @@ def test_every_knob_shares_one_compilation(name):
         assert all(not np.array_equal(result, other) for other in results[:i]), i
 
 
+@pytest.mark.slow
 @every_row
 def test_the_loop_is_the_steps_one_by_one(name):
     """Compiled loop = steps driven by hand from Python, uncompiled."""
@@ -169,6 +171,7 @@ def two_devices():
     return jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
 
 
+@pytest.mark.slow
 @every_row
 def test_a_mesh_of_two_devices_gives_the_same_pictures(name):
     """The batch sharded over the mesh, the noise still per image."""
@@ -184,6 +187,7 @@ def test_a_mesh_of_two_devices_gives_the_same_pictures(name):
     np.testing.assert_allclose(sharded, whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddpm_learned", "heun", "dpm_solver_pp_2m"])
 def test_pmap_and_a_smaller_batch_give_the_same_pictures(name):
     """2 + 2 images on two devices by pmap, for each kind of state and step."""
@@ -205,6 +209,7 @@ def test_noise_is_bit_equal_for_any_batch():
     np.testing.assert_array_equal(sharded, x)
 
 
+@pytest.mark.slow
 @every_row
 def test_gradients_pass_through_sampling(name, x64, monkeypatch):
     """∂ sample / ∂ x_T against central differences, in float64, with the noise held fixed."""

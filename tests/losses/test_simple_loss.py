@@ -83,6 +83,7 @@ def values():
     return {name: float(value) for name, value in every(*data()).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_of_the_exact_network_is_the_irreducible_one(name):
     """E_t Var(target | x_t), in closed form; the mean of 8000 squares has 3 % standard error."""

@@ -46,6 +46,7 @@ MASKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("implementation", ["plain", "tiled", "xla", None])
 def test_every_implementation_is_the_formula(implementation, mask):

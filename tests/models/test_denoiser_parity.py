@@ -8,6 +8,8 @@ import pytest
 
 from tests.parity import denoisers
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[1] / "parity" / "cases" / "denoisers"
 CASES = json.loads((FOLDER / "manifest.json").read_text())["cases"]
 

@@ -74,6 +74,7 @@ def test_shapes_and_types_are_the_promised_ones(name):
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.slow
 @every_network
 def test_a_new_network_is_zero(name):
     """Its last layer is initialized with zeros, and with that layer zero the output is."""
@@ -100,6 +101,7 @@ def test_dropout_follows_the_keys_example_by_example(name):
     assert (np.abs(other - out).max((1, 2, 3)) > 1e-2).all()
 
 
+@pytest.mark.slow
 @every_network
 def test_remat_changes_no_number_and_does_something(name):
     config = TINY[name]

@@ -12,6 +12,8 @@ import pytest
 from tests.parity import __main__ as runner
 from tests.parity import samplers
 
+pytestmark = pytest.mark.slow
+
 CASES = Path(__file__).parent / "cases" / "samplers"
 
 

@@ -95,6 +95,7 @@ def test_defaults_of_the_stage_are_those_of_the_configuration():
     assert int(STAGE.grid.stop) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_unconditional_loss_and_sample(dtype):
     """Either dtype gives finite float32 results, at both ends of the grid."""

@@ -15,6 +15,8 @@ from diffusion_jax.training.state import TrainState
 from diffusion_jax.training.step import make_train_step, step_keys
 from tests.training import toy
 
+pytestmark = pytest.mark.slow
+
 TX = optax.adam(0.05)
 
 
