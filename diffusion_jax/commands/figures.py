@@ -74,7 +74,7 @@ def guidance_curves(path: Path, rows: Mapping[str, Mapping[str, float]]) -> None
     plt = _pyplot()
     drawn = {float(k.removeprefix("scale ")): v for k, v in rows.items() if k.startswith("scale ")}
     scales, real = sorted(drawn), rows["held-out"]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for name, colour in (("accuracy", "C0"), ("recall", "C1")):
         if name in drawn[scales[0]]:
             axes[0].plot(scales, [drawn[s][name] for s in scales], "o-", color=colour, label=name)
@@ -92,7 +92,8 @@ def guidance_curves(path: Path, rows: Mapping[str, Mapping[str, float]]) -> None
     for ax in axes:
         ax.set_xlabel("guidance scale")
         ax.set_xticks(scales)
-        ax.legend(fontsize=8, loc="center right" if ax is axes[0] else "upper left")
+        # Above the axes: inside, it would hide a curve of some runs.
+        ax.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -106,6 +107,6 @@ def loss_curve(path: Path, metrics: Path) -> None:
     ax.plot([row["step"] for row in rows], [row["loss"] for row in rows])
     ax.set_xlabel("step")
     ax.set_ylabel("training loss (mean since the last row)")
-    ax.set_yscale("log")
+    ax.set_ylim(bottom=0)
     figure.savefig(path, dpi=110)
     plt.close(figure)
