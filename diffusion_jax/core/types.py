@@ -96,6 +96,10 @@ class Checkpointer(Protocol):
 
     def restore(self, state: Any, step: int | None = None) -> tuple[Any, Mapping[str, Any]]: ...
 
+    def wait(self) -> None:
+        """Returns when everything is durable; raises what went wrong."""
+        ...
+
 
 class Logger(Protocol):
     """Where numbers and pictures of a run go."""
@@ -103,3 +107,9 @@ class Logger(Protocol):
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def image(self, step: int, name: str, image: np.ndarray) -> None: ...
+
+    def truncate_after(self, step: int) -> None:
+        """Drops what was logged for later steps, which a resumed run will repeat."""
+        ...
+
+    def close(self) -> None: ...

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -72,22 +72,6 @@ class LoopConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-class WaitingCheckpointer(Checkpointer, Protocol):
-    """A checkpointer whose writes can be waited for."""
-
-    def wait(self) -> None:
-        """Returns when everything is durable; raises what went wrong."""
-        ...
-
-
-class ResumableLogger(Logger, Protocol):
-    """A logger that can forget what a run will repeat."""
-
-    def truncate_after(self, step: int) -> None:
-        """Drops what was logged for steps above `step`."""
-        ...
 
 
 class _Signals:
@@ -191,8 +175,8 @@ class _Run:
     data: DataIterator
     key: Key
     config: LoopConfig
-    checkpointer: WaitingCheckpointer | None
-    loggers: Sequence[ResumableLogger]
+    checkpointer: Checkpointer | None
+    loggers: Sequence[Logger]
     on_eval: OnEval | None
     bar: Any = None
     window: _Window = field(default_factory=_Window)
@@ -325,8 +309,8 @@ def fit(
     *,
     key: Key,
     config: LoopConfig,
-    checkpointer: WaitingCheckpointer | None = None,
-    loggers: Sequence[ResumableLogger] = (),
+    checkpointer: Checkpointer | None = None,
+    loggers: Sequence[Logger] = (),
     on_eval: OnEval | None = None,
 ) -> TrainState:
     """Trains until `config.num_steps` updates are done, going on from the newest checkpoint.
