@@ -95,7 +95,7 @@ class Evaluate:
     def run(self) -> int:
         from diffusion_jax.commands.evaluate import evaluate, show
 
-        return 0 if show(evaluate(self.config, self.workdir)) else 1
+        return 0 if show(evaluate(self.config, self.workdir), self.config.expected) else 1
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,14 @@ def _replace_part(config: Any, names: list[str], kind: str) -> Any:
         return dataclasses.replace(config, **{name: part})
     if kind not in TABLES[name]:
         raise ValueError(f"{name} must be one of {sorted(TABLES[name])}, got {kind!r}")
-    return dataclasses.replace(config, **{name: TABLES[name][kind]()})
+    part = TABLES[name][kind]
+    # What has no default becomes a required option.
+    needed = {
+        field.name: tyro.MISSING
+        for field in dataclasses.fields(part)
+        if field.default is field.default_factory is dataclasses.MISSING
+    }
+    return dataclasses.replace(config, **{name: part(**needed)})
 
 
 def parse(arguments: Sequence[str]) -> Any:
@@ -211,7 +218,7 @@ def parse(arguments: Sequence[str]) -> Any:
         tiny = "--tiny" in rest
         rest = [argument for argument in rest if argument != "--tiny"]
         config = find(name, tiny=tiny)
-        if Path(name).is_dir():
+        if (Path(name) / "config.json").exists():
             defaults["workdir"] = Path(name)
     config, rest = exchange_parts(config, rest)
     cls = COMMANDS[command]
@@ -229,7 +236,7 @@ def parse(arguments: Sequence[str]) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit status: 0 done, 1 an expected score missed, 2 a wrong call."""
+    """Runs a command; the exit status: 0 done, 1 an expected score missed, 2 an error."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -237,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = parse(arguments)
         return command.run()
-    except ValueError as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:

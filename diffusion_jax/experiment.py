@@ -12,6 +12,7 @@ import tyro
 
 from diffusion_jax.configuration import from_dict, to_dict
 from diffusion_jax.data import DATASETS
+from diffusion_jax.io.files import write_text
 from diffusion_jax.systems import SYSTEMS
 from diffusion_jax.training.ema import EMA
 from diffusion_jax.training.optimizer import Optimizer
@@ -26,7 +27,7 @@ class Training:
 
     Attributes:
       num_steps: optimizer steps.
-      batch_size: examples a step, over all devices and processes.
+      batch_size: examples a step, over all devices of this process.
       seed: of initial parameters, data order and noise.
       stage: which stage of the system.
       trainable: globs over parameter paths; everything else stays frozen.
@@ -117,7 +118,7 @@ class Experiment:
 
 def save(experiment: Experiment, path: Path) -> None:
     """Writes an experiment as JSON."""
-    path.write_text(json.dumps(to_dict(experiment), indent=2) + "\n")
+    write_text(path, json.dumps(to_dict(experiment), indent=2) + "\n")
 
 
 def load(path: Path) -> Experiment:

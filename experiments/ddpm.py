@@ -16,7 +16,7 @@ from diffusion_jax.core.schedules import Cosine, Linear
 from diffusion_jax.core.timesteps import Steps
 from diffusion_jax.data import TFDS, Digits
 from diffusion_jax.experiment import Evaluation, Experiment, Training
-from diffusion_jax.models import LevelConfig, UNetConfig
+from diffusion_jax.models import LevelConfig, Sinusoidal, UNetConfig
 from diffusion_jax.samplers import DDPM, DPMSolverMultistep
 from diffusion_jax.systems import DDPMSystem
 from diffusion_jax.training.ema import EMA
@@ -33,6 +33,10 @@ CONFIG = Experiment(
                 LevelConfig(256, 2),
                 LevelConfig(256, 2),
             ),
+            # DDPM's conventions; the defaults of UNetConfig are ADM's.
+            time_features=Sinusoidal(cos_first=False, freq_shift=1),
+            norm_eps=1e-6,
+            downsample_padding="asymmetric",
             dropout=0.1,
         ),
         schedule=Linear(),

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from diffusion_jax import cli
+from diffusion_jax.configuration import TABLES
+from diffusion_jax.data import Folder
 from diffusion_jax.experiment import find, save
 from diffusion_jax.guidance import DynamicThreshold
 from diffusion_jax.samplers import DDIM, DPMSolverMultistep
@@ -55,6 +57,35 @@ def test_parts_are_exchanged_by_name_and_take_options():
     assert command.config.system.sampler == DDIM(eta=0.5)
     assert command.config.system.threshold == DynamicThreshold(99.0)
     assert find("classifier_free", tiny=True).system.sampler == DPMSolverMultistep()
+
+
+def test_a_part_with_required_values_asks_for_them(capsys):
+    folder = ["--data", "folder", "--data.image-size", "8", "--data.channels", "1"]
+    command = cli.parse([*TRAIN, *folder, "--data.path", "pictures"])
+    assert command.config.data == Folder("pictures", image_size=8, channels=1)
+    with pytest.raises(SystemExit) as stop:
+        cli.parse([*TRAIN, *folder])
+    assert stop.value.code == 2 and "--data.path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", sorted(set(TABLES) - {"base"}))
+def test_every_row_of_every_table_can_be_chosen(field):
+    """By name; the base of a schedule is left out, since not every schedule can be one."""
+    start = find("classifier_free", tiny=True)
+    where = "" if field in ("system", "data") else "system."
+    for kind, part in TABLES[field].items():
+        config, left = cli.exchange_parts(start, [f"--{where}{field}", kind, "--more"])
+        for name in (where + field).split("."):
+            config = getattr(config, name)
+        assert type(config) is part and left == ["--more"]
+
+
+def test_a_folder_without_a_run_is_no_working_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ddpm").mkdir()
+    with pytest.raises(SystemExit):
+        cli.parse(["train", "ddpm"])
+    assert "--workdir" in capsys.readouterr().err
 
 
 def test_a_working_directory_is_an_experiment(tmp_path):

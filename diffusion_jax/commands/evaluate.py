@@ -3,7 +3,7 @@
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,13 @@ import jax
 import numpy as np
 
 import diffusion_jax
-from diffusion_jax.commands.run import build_stage, num_classes, restore_params
+from diffusion_jax.commands import figures
+from diffusion_jax.commands.run import (
+    build_stage,
+    check_same_model,
+    num_classes,
+    restore_params,
+)
 from diffusion_jax.commands.sample import make_sampler
 from diffusion_jax.commands.scores import (
     Reference,
@@ -25,6 +31,8 @@ from diffusion_jax.configuration import to_dict
 from diffusion_jax.core.types import Params
 from diffusion_jax.data.sources import take
 from diffusion_jax.experiment import Experiment
+from diffusion_jax.guidance import ClassifierFree
+from diffusion_jax.io.files import write_text
 from diffusion_jax.systems import Stage
 
 
@@ -71,7 +79,7 @@ def draw_all(
       (name of the row, images [N, H, W, C]): "scale 1", … or "samples" without guidance.
     """
     config, sampler = experiment.evaluation, make_sampler(stage)
-    guided = hasattr(experiment.system, "guide")
+    guided = isinstance(getattr(experiment.system, "guidance", None), ClassifierFree)
     for scale in config.scales if guided else (None,):
         name = "samples" if scale is None else f"scale {scale:g}"
         images = sampler(
@@ -89,51 +97,50 @@ def evaluate(experiment: Experiment, workdir: Path) -> dict:
     """Draws, scores, and writes metrics.json with samples.png, guidance.png and loss.png.
 
     Returns:
-      what metrics.json holds: machine, step, seconds, rows, summary, and expected as a list of
-      [name, measured, low, high, inside]. An evaluation that is there already, of the same
-      checkpoint and settings, is read and not repeated.
+      what metrics.json holds: settings, machine, seconds, rows and summary. Scores that are
+      there already, of the same checkpoint and settings, are read and not drawn again.
 
     Raises:
-      ValueError: if there is no checkpoint, or the data has no held-out split.
+      ValueError: if there is no checkpoint, the experiment means another network, or the data
+        have no held-out split.
     """
+    check_same_model(experiment, workdir)
+    stage = build_stage(experiment)
     step, params = restore_params(workdir)
+    values = to_dict(experiment)
+    settings = {"step": step, **{key: values[key] for key in ("system", "data", "evaluation")}}
     path = workdir / "metrics.json"
-    settings = {"step": step, **to_dict(experiment.evaluation)}
     if path.exists():
         report = json.loads(path.read_text())
         if report["settings"] == settings:
             print(f"{path} is there already for this checkpoint and these settings")
             return report
-    from diffusion_jax.commands import figures
+    # Missing plotting libraries should show before the work, not after it.
+    figures.pyplot()
 
     start = time.time()
     real = real_data(experiment)
     count = experiment.evaluation.num_samples or len(real.train["image"])
     labels = np.resize(real.train["label"], count)
     rows, sheet = frame(real), None
-    for name, images in draw_all(experiment, build_stage(experiment), params, labels):
+    for name, images in draw_all(experiment, stage, params, labels):
         rows[name] = compare(images, labels, real)
         if sheet is None or name == _shown(rows):
             sheet = name, images
-    scores = summary(rows)
-    report = {
-        "settings": settings,
-        "machine": machine(),
-        "seconds": round(time.time() - start, 1),
-        "rows": rows,
-        "summary": scores,
-        "expected": [
-            [name, value, *bounds, inside]
-            for name, value, bounds, inside in check_expected(scores, experiment.expected)
-        ],
-    }
     name, images = sheet
     drawn = {"image": images, "label": labels}
     figures.class_sheet(workdir / "samples.png", real.test, drawn, title=f"generated, {name}")
     if any(row.startswith("scale ") for row in rows):
         figures.guidance_curves(workdir / "guidance.png", rows)
     figures.loss_curve(workdir / "loss.png", workdir / "metrics.jsonl")
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    report = {
+        "settings": settings,
+        "machine": machine(),
+        "seconds": round(time.time() - start, 1),
+        "rows": rows,
+        "summary": summary(rows),
+    }
+    write_text(path, json.dumps(report, indent=2) + "\n")
     return report
 
 
@@ -143,10 +150,15 @@ def _shown(rows: dict) -> str:
     return min(drawn, key=lambda row: rows[row]["frechet_test"])
 
 
-def show(report: dict) -> bool:
-    """Prints the table and the expectations; whether all of them hold."""
+def show(report: dict, expected: Mapping[str, tuple[float, float]]) -> bool:
+    """Prints the table and the expectations; whether all of them hold.
+
+    Raises:
+      ValueError: if an expected score was not measured.
+    """
     print(table(report["rows"]))
-    for name, value, low, high, inside in report["expected"]:
+    checked = check_expected(report["summary"], expected)
+    for name, value, (low, high), inside in checked:
         verdict = "ok" if inside else "NOT MET"
         print(f"{name:28} measured {value:8.3f}   expected {low:g} to {high:g}   {verdict}")
-    return all(row[-1] for row in report["expected"])
+    return all(row[-1] for row in checked)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,8 +21,18 @@ def _framed(images: np.ndarray) -> np.ndarray:
     return np.pad(np.clip(images, -1, 1), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-1.0)
 
 
-def _pyplot():
-    import matplotlib
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing into files.
+
+    Raises:
+      ModuleNotFoundError: if matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "pictures need matplotlib: pip install 'diffusion_jax[demo]'"
+        ) from error
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -41,19 +52,18 @@ def class_sheet(
     """A row per class: real images on the left, generated ones on the right.
 
     Args:
-      real, generated: image [N, H, W, C] in [-1, 1] and label [N].
-
-    Raises:
-      ValueError: if a class has too few images.
+      real, generated: image [N, H, W, C] in [-1, 1] and label [N]. Where a class has fewer
+        images than there are columns, the rest of its row stays empty.
     """
-    plt = _pyplot()
+    plt = pyplot()
     classes = np.unique(generated["label"])
     halves = []
     for part, count in ((real, num_real), (generated, num_generated)):
-        rows = [part["image"][part["label"] == label][:count] for label in classes]
-        if any(len(row) < count for row in rows):
-            raise ValueError(f"a sheet needs {count} images of each of the classes {classes}")
-        halves.append(image_grid(_framed(np.concatenate(rows)), columns=count))
+        cells = np.full((len(classes), count, *part["image"].shape[1:]), -1.0, np.float32)
+        for row, label in enumerate(classes):
+            chosen = part["image"][part["label"] == label][:count]
+            cells[row, : len(chosen)] = chosen
+        halves.append(image_grid(_framed(cells.reshape(-1, *cells.shape[2:])), columns=count))
     widths = [num_real, num_generated]
     height = 0.55 * len(classes) + 0.6
     figure, axes = plt.subplots(
@@ -71,7 +81,7 @@ def class_sheet(
 
 def guidance_curves(path: Path, rows: Mapping[str, Mapping[str, float]]) -> None:
     """Oracle accuracy, recall and Fréchet distance against guidance scale."""
-    plt = _pyplot()
+    plt = pyplot()
     drawn = {float(k.removeprefix("scale ")): v for k, v in rows.items() if k.startswith("scale ")}
     scales, real = sorted(drawn), rows["held-out"]
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
@@ -100,7 +110,7 @@ def guidance_curves(path: Path, rows: Mapping[str, Mapping[str, float]]) -> None
 
 def loss_curve(path: Path, metrics: Path) -> None:
     """Training loss against step, out of a run's metrics.jsonl."""
-    plt = _pyplot()
+    plt = pyplot()
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     rows = [row for row in rows if row.get("loss") is not None]
     figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from diffusion_jax.core.types import Params
-from diffusion_jax.experiment import Experiment
+from diffusion_jax.experiment import Experiment, load
 from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.systems import Stage
 
@@ -32,6 +32,45 @@ def build_stage(experiment: Experiment) -> Stage:
 def checkpoints(workdir: Path, max_to_keep: int = 2) -> Checkpoints:
     """The checkpoints of a working directory."""
     return Checkpoints(workdir / "checkpoints", max_to_keep=max_to_keep)
+
+
+# What a network was trained as; sampler, steps, guidance and threshold may be exchanged after.
+MODEL = (
+    "image_size",
+    "channels",
+    "network",
+    "schedule",
+    "parameterization",
+    "time_input",
+    "num_classes",
+)
+
+
+def check_same_model(experiment: Experiment, workdir: Path) -> None:
+    """Checks that an experiment means the network that a working directory holds.
+
+    Raises:
+      ValueError: naming what differs, or if the directory holds no run.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ValueError(f"{workdir} holds no run: there is no {path}")
+    trained = load(path).system
+    if type(trained) is not type(experiment.system):
+        raise ValueError(
+            f"{workdir} was trained as {type(trained).__name__}, not as "
+            f"{type(experiment.system).__name__}; name the directory itself, not an experiment"
+        )
+    changed = [
+        name
+        for name in MODEL
+        if getattr(trained, name, None) != getattr(experiment.system, name, None)
+    ]
+    if changed:
+        raise ValueError(
+            f"{workdir} was trained with other values of {', '.join(changed)}; name the directory "
+            "itself, not an experiment, or repeat the options of its training"
+        )
 
 
 def restore_params(workdir: Path, kind: str = "ema") -> tuple[int, Params]:

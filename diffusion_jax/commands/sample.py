@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from diffusion_jax.commands.run import GRID_COLUMNS, build_stage, num_classes, restore_params
+from diffusion_jax.commands.run import (
+    GRID_COLUMNS,
+    build_stage,
+    check_same_model,
+    num_classes,
+    restore_params,
+)
 from diffusion_jax.configuration import to_dict
 from diffusion_jax.core.arrays import as_arrays, image_keys
 from diffusion_jax.core.types import Batch, Params
@@ -129,8 +135,10 @@ def draw(
         raise ValueError("this system has no guidance, so no scale")
     guide = None if scale is None else system.guide(scale)
     validate(guide)
+    check_same_model(config, workdir)
+    stage = build_stage(config)
     step, params = restore_params(workdir)
-    images = make_sampler(build_stage(config))(
+    images = make_sampler(stage)(
         params,
         {"label": chosen},
         seed=seed,

@@ -1,5 +1,6 @@
 """Scores of generated images against real ones, and the table that shows them."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from diffusion_jax.metrics.manifold import nearest_ratio, precision_recall
 
 # Pixel features: the covariance is dense and its eigenvalues are found in float64 on the host.
 MAX_PIXELS = 4096
+# Precision and recall compare every image with every other one.
+MAX_MANIFOLD = 10_000
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,12 @@ class Reference:
     train: Mapping[str, np.ndarray]
     test: Mapping[str, np.ndarray]
     oracle: Any = None
+
+    @functools.cached_property
+    def stats(self) -> dict[str, GaussianStats]:
+        """Mean and covariance of the pixels of both splits."""
+        splits = {"train": self.train, "test": self.test}
+        return {name: GaussianStats.of(_flat(split["image"])) for name, split in splits.items()}
 
 
 def _flat(images: np.ndarray) -> np.ndarray:
@@ -41,7 +50,8 @@ def compare(images: np.ndarray, labels: np.ndarray, reference: Reference) -> dic
 
     Returns:
       num_samples; frechet_train and frechet_test: Fréchet distance to both splits (over
-      pixels, not FID); precision and recall against equally many training images;
+      pixels, not FID); precision and recall against equally many training images, at most
+      10,000;
       nearest_ratio: median distance to the nearest training image over that of held-out
       images; accuracy if there is an oracle.
 
@@ -58,13 +68,13 @@ def compare(images: np.ndarray, labels: np.ndarray, reference: Reference) -> dic
             f"pixel features of {fake.shape[1]} values are too many (at most {MAX_PIXELS}); "
             "evaluate a system with smaller images"
         )
-    count = min(len(fake), len(train))
+    count = min(len(fake), len(train), MAX_MANIFOLD)
     stats = GaussianStats.of(fake)
     manifold = precision_recall(train[:count], fake[:count], k=3)
     scores = {
         "num_samples": len(fake),
-        "frechet_train": frechet_distance(stats, GaussianStats.of(train)),
-        "frechet_test": frechet_distance(stats, GaussianStats.of(test)),
+        "frechet_train": frechet_distance(stats, reference.stats["train"]),
+        "frechet_test": frechet_distance(stats, reference.stats["test"]),
         "precision": manifold.precision,
         "recall": manifold.recall,
         "nearest_ratio": nearest_ratio(fake, train, test),
@@ -78,8 +88,10 @@ def frame(reference: Reference) -> dict[str, dict[str, float]]:
     """The rows that frame a table: real held-out data as ceiling, shuffled labels as floor."""
     test = reference.test
     held_out = compare(test["image"], test["label"], reference)
-    # The held-out data compared with themselves would read as a perfect score.
-    rows = {"held-out": {k: v for k, v in held_out.items() if k != "frechet_test"}}
+    # Compared with themselves they would score perfectly; precision and recall depend on the
+    # number of images, which is another one than that of the generated.
+    meaningless = ("frechet_test", "precision", "recall")
+    rows = {"held-out": {k: v for k, v in held_out.items() if k not in meaningless}}
     if reference.oracle is not None:
         shuffled = np.random.default_rng(0).permutation(test["label"])
         rows["shuffled labels"] = {"accuracy": reference.oracle.accuracy(test["image"], shuffled)}

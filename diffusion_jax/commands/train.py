@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.commands.run import GRID_COLUMNS, build_stage, checkpoints, num_classes
 from diffusion_jax.commands.sample import make_sampler
 from diffusion_jax.configuration import to_dict
 from diffusion_jax.core.params import by_glob
-from diffusion_jax.core.types import Logger
+from diffusion_jax.core.types import Logger, Params
 from diffusion_jax.data.pipeline import batches
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import check_images, check_labels, image_grid
@@ -22,7 +23,7 @@ from diffusion_jax.systems import Stage
 from diffusion_jax.training.loop import LoopConfig, fit
 from diffusion_jax.training.parallel import make_mesh, mesh_train
 from diffusion_jax.training.state import TrainState
-from diffusion_jax.training.step import make_train_step
+from diffusion_jax.training.step import make_train_step, step_keys
 
 
 def check_fit(experiment: Experiment, source: Source) -> None:
@@ -52,12 +53,36 @@ def check_fit(experiment: Experiment, source: Source) -> None:
             raise ValueError(
                 f"the data has {of_data} classes, the system {classes}; set --system.num-classes"
             )
+    if jax.process_count() > 1:
+        raise ValueError("training runs in one process; this job has several")
+    optimizer, num_steps = experiment.optimizer, experiment.training.num_steps
+    if optimizer.total_steps is not None and num_steps > optimizer.total_steps:
+        raise ValueError(
+            f"the learning rate is 0 after optimizer.total_steps = {optimizer.total_steps} updates "
+            f"but training.num_steps = {num_steps}; raise --optimizer.total-steps too"
+        )
     count, batch_size = jax.device_count(), experiment.training.batch_size
     if batch_size % (count * experiment.training.accumulate):
         raise ValueError(
             f"batch_size {batch_size} does not split over {count} devices x "
             f"{experiment.training.accumulate} microbatches; choose a multiple"
         )
+
+
+def check_loss(stage: Stage, shapes: Params, experiment: Experiment) -> None:
+    """Traces the loss without compiling it, so that parts that do not fit show at once.
+
+    Raises:
+      ValueError: if shapes inside of the stage do not fit, such as the network's output.
+    """
+    system, size = experiment.system, experiment.training.batch_size
+    image = (size, system.image_size, system.image_size, system.channels)
+    batch = {
+        "image": jax.ShapeDtypeStruct(image, jnp.float32),
+        "label": jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
+    keys = jax.eval_shape(lambda: step_keys(jax.random.key(0), 0, size))
+    jax.eval_shape(stage.loss, shapes, batch, keys)
 
 
 def _claim(workdir: Path, experiment: Experiment) -> None:
@@ -151,15 +176,16 @@ def train(experiment: Experiment, workdir: Path) -> TrainState:
         flip=config.flip,
         keys=("image",) if num_classes(experiment) is None else ("image", "label"),
     )
+    check_loss(stage, shapes, experiment)
     _claim(workdir, experiment)
+    loggers = [StdoutLogger(), JSONLLogger(workdir / "metrics.jsonl")]
+    if config.tensorboard:
+        loggers.append(TensorBoardLogger(workdir / "tensorboard"))
 
     tx = experiment.optimizer.build()
     step = make_train_step(stage.loss, tx, ema=config.ema, accumulate=config.accumulate)
     key_init, key_train = jax.random.split(key)
     state = TrainState.create(jax.jit(stage.init)(key_init), tx, trainable=config.trainable)
-    loggers = [StdoutLogger(), JSONLLogger(workdir / "metrics.jsonl")]
-    if config.tensorboard:
-        loggers.append(TensorBoardLogger(workdir / "tensorboard"))
     try:
         with checkpoints(workdir, config.max_to_keep) as checkpointer:
             return fit(

@@ -49,10 +49,10 @@ def with_dropout(conditioner: Conditioner, rate: float) -> Conditioner:
         raise ValueError(f"the dropout rate must lie in [0, 1), got {rate}")
 
     def apply(params, batch, keys):
-        cond = conditioner.apply(params, batch, keys)
-        if keys is None or rate == 0.0:
-            return cond
-        # A fold of its own, so that dropping is independent of what `apply` drew.
+        if keys is None:
+            return conditioner.apply(params, batch, None)
+        # Two folds, so that dropping is independent of what the conditioner itself draws.
+        cond = conditioner.apply(params, batch, fold_in_each(keys, 0))
         return drop(fold_in_each(keys, 1), cond, conditioner.null(params, batch), rate)
 
     return conditioner._replace(apply=apply)

@@ -57,8 +57,9 @@ class DiscreteSchedule:
     def t_max(self) -> float:
         return float(self.num_timesteps - 1)
 
-    @property
-    def prior_std(self) -> float:
+    def prior_std(self, level: NoiseLevel) -> float:
+        """1: sampling starts from N(0, I) whatever the level."""
+        del level
         return 1.0
 
     def alphas_cumprod(self) -> np.ndarray:

@@ -35,7 +35,7 @@ class Eps:
 
     Undefined where alpha = 0; use V or X0 with zero terminal SNR.
 
-    Source: Ho et al. 2020 (arXiv:2006.11239), eq. 12.
+    Source: Ho et al. 2020 (arXiv:2006.11239), eq. 15.
     """
 
     def to_x0(self, output: Array, x: Array, level: NoiseLevel) -> Array:

@@ -29,7 +29,6 @@ class NoiseSchedule(Protocol):
       num_timesteps: T, or None where t is continuous.
       t_min: the least noisy time.
       t_max: the noisiest time.
-      prior_std: standard deviation of x_T as the samplers start it.
     """
 
     @property
@@ -38,8 +37,10 @@ class NoiseSchedule(Protocol):
     def t_min(self) -> float: ...
     @property
     def t_max(self) -> float: ...
-    @property
-    def prior_std(self) -> float: ...
+
+    def prior_std(self, level: NoiseLevel) -> Array | float:
+        """Standard deviation of the noise that sampling starts from at a level."""
+        ...
 
     def __call__(self, t: Array) -> NoiseLevel:
         """The level at time t, [] or [B]."""
@@ -78,13 +79,16 @@ class CosineLogSNR:
     num_timesteps = None
     t_min = 0.0
     t_max = 1.0
-    prior_std = 1.0
 
     def __post_init__(self):
         if not self.log_snr_min < self.log_snr_max:
             raise ValueError(
                 f"expected log_snr_min < log_snr_max, got {self.log_snr_min}, {self.log_snr_max}"
             )
+
+    def prior_std(self, level: NoiseLevel) -> float:
+        del level
+        return 1.0
 
     def _range(self) -> tuple[float, float]:
         b = float(np.arctan(np.exp(-0.5 * self.log_snr_max)))
@@ -149,9 +153,8 @@ class EDM:
     def t_max(self) -> float:
         return self.sigma_max
 
-    @property
-    def prior_std(self) -> float:
-        return self.sigma_max
+    def prior_std(self, level: NoiseLevel) -> Array:
+        return level.sigma
 
     def __call__(self, t: Array) -> NoiseLevel:
         xp = numpy_like(t)
@@ -202,9 +205,8 @@ class ShiftedLogSNR:
     def t_max(self) -> float:
         return self.base.t_max
 
-    @property
-    def prior_std(self) -> float:
-        return self.base.prior_std
+    def prior_std(self, level: NoiseLevel) -> Array | float:
+        return self.base.prior_std(level)
 
     def __call__(self, t: Array) -> NoiseLevel:
         t, alpha, sigma = self.base(t)

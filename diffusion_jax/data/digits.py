@@ -31,7 +31,12 @@ def split_indices(labels: np.ndarray, split: str) -> np.ndarray:
 
 def load_pixels(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Pixel values [N, 8, 8, 1] uint8 in 0 … 16 and labels [N] int32 of a split."""
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the digits come with scikit-learn: pip install 'diffusion_jax[demo]'"
+        ) from error
 
     digits = load_digits()
     chosen = split_indices(digits.target, split)

@@ -1,6 +1,6 @@
-"""Random-access sources around arrays and other sources."""
+"""Random-access sources around arrays, and what batches are made of."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,22 +35,6 @@ class Arrays:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {key: array[index] for key, array in self.arrays.items()}
-
-
-class Mapped:
-    """Another source with a function applied to every example, such as a tokenizer."""
-
-    def __init__(self, source: Source, function: Callable[[dict[str, Any]], dict[str, Any]]):
-        self._source, self._function = source, function
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __repr__(self) -> str:
-        return f"Mapped({self._source!r})"
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._function(self._source[index])
 
 
 def numeric_keys(example: Mapping[str, Any]) -> tuple[str, ...]:

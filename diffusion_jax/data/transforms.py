@@ -77,27 +77,6 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     return center_crop(image, size, size)
 
 
-def box_downsample(images: np.ndarray, factor: int) -> np.ndarray:
-    """Averages blocks of factor x factor pixels, [B, H, W, C] -> [B, H/factor, W/factor, C].
-
-    Exact and linear, so a super-resolved image can be compared with its low-resolution input.
-
-    Raises:
-      ValueError: if the sides are not multiples of `factor`.
-    """
-    batch, height, width, channels = images.shape
-    if factor < 1 or height % factor or width % factor:
-        raise ValueError(f"the factor {factor} must divide the sides {height}x{width}")
-    blocks = images.reshape(batch, height // factor, factor, width // factor, factor, channels)
-    return blocks.mean(axis=(2, 4), dtype=np.float64).astype(images.dtype)
-
-
-def flip(images: np.ndarray, seed: int) -> np.ndarray:
-    """Mirrors about half of [B, H, W, C] left-right; which ones depends on the seed alone."""
-    mirrored = np.random.default_rng(seed).random(len(images)) < 0.5
-    return np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
-
-
 def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
     """Tiles a batch into one picture, row by row; unused cells stay black.
 

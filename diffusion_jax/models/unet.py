@@ -46,7 +46,10 @@ class LevelConfig:
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """A UNet; the default is DDPM's for CIFAR-10.
+    """A UNet; the default has the widths of DDPM's for CIFAR-10 and ADM's conventions.
+
+    DDPM itself has time_features=Sinusoidal(cos_first=False, freq_shift=1), norm_eps=1e-6 and
+    downsample_padding="asymmetric".
 
     Attributes:
       levels: from the finest resolution to the coarsest; each halves the one before.

@@ -77,7 +77,7 @@ def initial_noise(keys: Key, shape: tuple[int, ...], std: Array | float = 1.0) -
     Args:
       keys: [B] one key per image, see `image_keys`.
       shape: of one image.
-      std: the schedule's `prior_std`.
+      std: the schedule's `prior_std` at the level where sampling starts.
 
     Source: Ho et al. 2020 (arXiv:2006.11239), algorithm 2, line 1.
     """

@@ -11,9 +11,15 @@ from flax import linen as nn
 from diffusion_jax.conditioners import Conditioner
 from diffusion_jax.core.arrays import as_arrays, fold_in_each
 from diffusion_jax.core.condition import Condition
-from diffusion_jax.core.denoiser import make_denoiser, network_time
-from diffusion_jax.core.parameterization import Eps, Parameterization
-from diffusion_jax.core.schedules import NoiseSchedule
+from diffusion_jax.core.denoiser import (
+    TIME_INPUTS,
+    edm_time,
+    make_denoiser,
+    network_time,
+    scaled_time,
+)
+from diffusion_jax.core.parameterization import EDMPreconditioning, Eps, Parameterization
+from diffusion_jax.core.schedules import EDM, NoiseSchedule
 from diffusion_jax.core.timesteps import Grid
 from diffusion_jax.core.types import Array, Batch, Key, LossFn, NoiseLevel, Params
 from diffusion_jax.guidance import Guide, Unguided
@@ -59,12 +65,33 @@ class Stage(NamedTuple):
     grid: Grid
 
 
-def _check_path(schedule: NoiseSchedule, parameterization: Parameterization) -> None:
-    noisiest = schedule(np.asarray(schedule.t_max))
-    if isinstance(parameterization, Eps) and float(noisiest.alpha) == 0.0:
+def _check_path(
+    schedule: NoiseSchedule, parameterization: Parameterization, time_input: Callable
+) -> None:
+    """Refuses combinations that divide by zero or hide the time from the network."""
+    no_signal = float(schedule(np.asarray(schedule.t_max)).alpha) == 0.0
+    if no_signal and isinstance(parameterization, Eps | EDMPreconditioning):
         raise ValueError(
-            "eps says nothing about x0 where the schedule's alpha is 0 (zero terminal SNR); "
-            "choose the parameterization 'v' or 'x0'"
+            f"{type(parameterization).__name__} divides by alpha, which is 0 at the end of this "
+            "schedule (zero terminal SNR); choose the parameterization 'v' or 'x0'"
+        )
+    if isinstance(schedule, EDM) or no_signal:
+        fits = (edm_time,) if isinstance(schedule, EDM) else (network_time,)
+    else:
+        fits = (edm_time, network_time if schedule.num_timesteps else scaled_time)
+    if time_input in (network_time, scaled_time, edm_time) and time_input not in fits:
+        names = [name for name, function in TIME_INPUTS.items() if function in fits]
+        raise ValueError(
+            f"time_input must be one of {names} with the schedule {type(schedule).__name__}, whose "
+            f"times run from {schedule.t_min} to {schedule.t_max}; got {time_input.__name__}"
+        )
+
+
+def _check_variance(sampler: Sampler, learned_variance: bool) -> None:
+    if getattr(sampler, "variance", None) == "learned_range" and not learned_variance:
+        raise ValueError(
+            "the sampler's variance 'learned_range' needs a network that learns the variance; "
+            "choose 'small' or 'large'"
         )
 
 
@@ -106,10 +133,11 @@ def diffusion_stage(
       loss: (network, schedule, parameterization, *, time_input) -> loss on x0.
 
     Raises:
-      ValueError: if eps-prediction meets a schedule with zero terminal SNR, or a knob is out
-        of range.
+      ValueError: if schedule, parameterization, time input and sampler do not fit each
+        other, or a knob is out of range.
     """
-    _check_path(schedule, parameterization)
+    _check_path(schedule, parameterization, time_input)
+    _check_variance(sampler, learned_variance)
     validate(sampler, guide)
 
     def apply(params, x, t, cond, *, keys=None):
@@ -145,11 +173,13 @@ def diffusion_stage(
         cond = conditioner.apply(params["conditioner"], batch, None)
         null = conditioner.null(params["conditioner"], batch)
         denoise = guide(denoiser(params["network"]), null)
+        grid = default_grid if grid is None else grid
+        std = schedule.prior_std(grid.level(grid.start))
         x0, _ = sample(
             sampler,
             lambda x, level: denoise(x, level, cond),
-            default_grid if grid is None else grid,
-            initial_noise(keys, shape, schedule.prior_std),
+            grid,
+            initial_noise(keys, shape, std),
             keys,
         )
         return codec.decode(params["codec"], x0)

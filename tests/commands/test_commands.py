@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffusion_jax import cli
 from diffusion_jax.commands import evaluate as evaluate_command
+from diffusion_jax.commands import figures
 from diffusion_jax.commands import train as train_command
 from diffusion_jax.commands.run import restore_params
 from diffusion_jax.commands.scores import check_expected, summary, table
@@ -17,6 +18,7 @@ from diffusion_jax.core.timesteps import Steps
 from diffusion_jax.data import Digits, ShapesData
 from diffusion_jax.data.sources import Arrays
 from diffusion_jax.experiment import Evaluation, Training, find
+from diffusion_jax.io.files import write_text
 from diffusion_jax.models import MLPConfig
 
 pytestmark = pytest.mark.slow
@@ -116,7 +118,7 @@ def test_evaluation_scores_draws_and_is_not_repeated(workdir, capsys):
         (["--num-steps", "5"], "num_steps = 5 exceeds max_steps = 4"),
         (["--scale", "nan"], "finite"),
         (["--batch-size", "0"], "batch_size must be at least 1"),
-        (["--workdir", "nowhere"], "no checkpoint"),
+        (["--workdir", "nowhere"], "nowhere holds no run"),
     ],
 )
 def test_wrong_calls_of_sample_are_refused_before_compiling(
@@ -159,6 +161,7 @@ GOOD = np.zeros((8, 8, 1), np.float32)
         (source_of(GOOD), {"batch_size": 7}, "does not split over 2 devices"),
         (source_of(GOOD), {"stage": "prior"}, "stage must be one of"),
         (source_of(GOOD), {"batch_size": 2}, "fewer than one batch"),
+        (source_of(GOOD), {"num_steps": 1501}, "learning rate is 0 after"),
         (
             Arrays({"image": GOOD[None].repeat(8, 0), "label": np.zeros(8, np.int32)}),
             {"batch_size": 2, "trainable": ("encoder/**",)},
@@ -176,6 +179,39 @@ def test_what_does_not_fit_is_refused_before_compiling(
     with pytest.raises(ValueError, match=message):
         train_command.train(wrong, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_another_network_than_the_trained_one_is_refused(workdir, capsys):
+    for call in (["sample"], ["evaluate"]):
+        for wrong, message in (
+            (["classifier_free"], "image_size, channels, network, schedule"),
+            (["ddpm"], "trained as ClassifierFreeSystem"),
+            ([str(workdir), "--system.schedule", "linear"], "other values of schedule"),
+        ):
+            assert cli.main([*call, *wrong, "--workdir", str(workdir)]) == 2
+            assert message in capsys.readouterr().err
+
+
+def test_a_network_of_the_wrong_size_is_refused_before_anything_is_written(experiment, tmp_path):
+    network = replace(experiment.system.network, out_channels=2)
+    wrong = replace(experiment, system=replace(experiment.system, network=network))
+    with pytest.raises(ValueError, match=r"returned \(8, 8, 8, 2\)"):
+        train_command.train(wrong, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sheet_leaves_cells_empty_where_a_class_has_too_few_images(tmp_path):
+    few = {"image": np.zeros((3, 8, 8, 1), np.float32), "label": np.asarray([0, 1, 1])}
+    figures.class_sheet(tmp_path / "sheet.png", few, few, title="few")
+    assert Image.open(tmp_path / "sheet.png").size[0] > 300
+
+
+def test_a_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
+    write_text(tmp_path / "a.json", "old")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        write_text(tmp_path / "a.json", "new")
+    assert (tmp_path / "a.json").read_text() == "old"
 
 
 def test_the_number_of_classes_must_agree(experiment, tmp_path):

@@ -58,6 +58,14 @@ def test_dropout_needs_keys_and_has_its_rate():
     assert abs(share - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 4000)
 
 
+def test_nested_dropouts_drop_independently():
+    """Rates 0.5 and 0.5 keep a quarter; from shared keys they would keep a half."""
+    once = with_dropout(constant(vector=jnp.ones((4000, 1))), 0.5)
+    twice = with_dropout(once, 0.5)
+    kept = twice.apply({}, {}, image_keys(0, np.arange(4000))).vector.mean()
+    assert abs(kept - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 4000)
+
+
 def test_dropout_refuses_a_rate_outside_of_0_to_1():
     with pytest.raises(ValueError, match="1.5"):
         with_dropout(UNCONDITIONAL, 1.5)

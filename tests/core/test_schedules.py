@@ -171,7 +171,7 @@ def test_shift_moves_log_snr_and_nothing_else():
     schedule = ShiftedLogSNR(base, -2 * np.log(d))
     t = np.linspace(0.0, 990.0, 12)
     np.testing.assert_allclose(log_snr(schedule(t)) - log_snr(base(t)), -2 * np.log(d), rtol=1e-9)
-    assert schedule.num_timesteps == 1000 and schedule.prior_std == 1.0
+    assert schedule.num_timesteps == 1000 and schedule.prior_std(schedule(np.asarray(500.0))) == 1.0
 
 
 def test_edm_is_the_identity_with_lognormal_training_times():
@@ -181,7 +181,7 @@ def test_edm_is_the_identity_with_lognormal_training_times():
     log_t = np.log(np.asarray(EDM().sample_t(jax.random.split(jax.random.key(0), 4000))))
     # Standard errors: 1.2 / √4000 = 0.019 for the mean, 0.013 for the deviation.
     assert abs(log_t.mean() + 1.2) < 0.08 and abs(log_t.std() - 1.2) < 0.06
-    assert EDM().prior_std == 80.0
+    assert EDM().prior_std(EDM()(np.asarray(20.0))) == 20.0
 
 
 def test_training_times_are_uniform():

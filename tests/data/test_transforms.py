@@ -65,25 +65,6 @@ def test_an_image_of_the_right_size_is_not_touched():
             transforms.resize_and_crop(image if size == 0 else image.astype(float), size)
 
 
-def test_box_downsample_is_the_mean_of_blocks():
-    images = np.arange(2 * 4 * 6 * 1, dtype=np.float32).reshape(2, 4, 6, 1)
-    small = transforms.box_downsample(images, 2)
-    assert small.shape == (2, 2, 3, 1) and small.dtype == np.float32
-    assert small[1, 1, 2, 0] == images[1, 2:4, 4:6].mean()
-    with pytest.raises(ValueError, match="4x6"):
-        transforms.box_downsample(images, 4)
-
-
-def test_flip_mirrors_some_examples_by_seed():
-    images = np.random.default_rng(0).normal(size=(64, 2, 3, 1))
-    flipped = transforms.flip(images, 1)
-    mirrored = (flipped == images[:, :, ::-1]).all(axis=(1, 2, 3))
-    same = (flipped == images).all(axis=(1, 2, 3))
-    assert (mirrored ^ same).all() and 16 < mirrored.sum() < 48
-    np.testing.assert_array_equal(flipped, transforms.flip(images, 1))
-    assert not np.array_equal(flipped, transforms.flip(images, 2))
-
-
 def test_image_grid_places_images_row_by_row():
     images = np.stack([np.full((2, 3, 1), i * 10, np.uint8) for i in range(1, 6)])
     grid = transforms.image_grid(images, 3)

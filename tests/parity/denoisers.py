@@ -71,8 +71,6 @@ def _unet2d(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | No
     except UnsupportedOption:
         return None
     weights = folder / case["checkpoint"] / UNET2D_WEIGHTS
-    if not weights.exists():
-        return None
     config = unet_config(form.unet)
     tensors = load_file(weights)
     params = convert(tensors, unet2d_table(tensors), expected_params(form, config))

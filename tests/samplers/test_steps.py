@@ -236,3 +236,27 @@ def test_samplers_refuse_bad_options():
         DDPM("learned_range").step(
             KEYS, constant(jnp.zeros(())), DDPM().init(jnp.ones((4, 2))), level_at(5), CLEAN, INFO
         )
+
+
+def test_interpolated_variance_is_the_learned_one_with_a_given_fraction():
+    level, next_level = NoiseLevel(5.0, 0.6, 0.8), NoiseLevel(4.0, 0.8, 0.6)
+    x, keys = jnp.ones((3, 2)), image_keys(0, np.arange(3))
+
+    def denoise(x, level):
+        return Prediction(0.1 * x, jnp.full(x.shape, 0.3))
+
+    def step(sampler):
+        return sampler.step(keys, denoise, sampler.init(x), level, next_level, StepInfo(0, 0, 1)).x
+
+    given = step(DDPM("interpolated", fraction=0.3))
+    np.testing.assert_allclose(given, step(DDPM("learned_range")), rtol=1e-6)
+    assert np.abs(given - step(DDPM("interpolated", fraction=0.6))).max() > 1e-3
+    np.testing.assert_allclose(
+        step(DDPM("interpolated", fraction=1.0)), step(DDPM("large")), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("options", [{"variance": "interpolated"}, {"fraction": 0.3}])
+def test_a_fraction_belongs_to_the_interpolated_variance(options):
+    with pytest.raises(ValueError, match="fraction belongs to"):
+        DDPM(**options)

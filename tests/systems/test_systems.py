@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from diffusion_jax.core.arrays import as_arrays, image_keys
-from diffusion_jax.core.parameterization import Eps, V
-from diffusion_jax.core.schedules import Cosine, Linear, ZeroTerminalSNR
-from diffusion_jax.core.timesteps import Steps, trailing
-from diffusion_jax.guidance import ClassifierFree, StaticThreshold
+from diffusion_jax.core.parameterization import EDMPreconditioning, Eps, V
+from diffusion_jax.core.schedules import EDM, Cosine, CosineLogSNR, Linear, ZeroTerminalSNR
+from diffusion_jax.core.timesteps import Steps, karras, trailing
+from diffusion_jax.guidance import ClassifierFree, StaticThreshold, Unguided
 from diffusion_jax.models import MLPConfig
 from diffusion_jax.samplers import DDIM, DDPM
 from diffusion_jax.systems import ClassifierFreeSystem, DDPMSystem
@@ -137,6 +137,13 @@ def test_only_what_the_globs_name_is_trained():
     "changes, message",
     [
         ({"schedule": ZeroTerminalSNR(), "parameterization": Eps()}, "'v' or 'x0'"),
+        ({"schedule": ZeroTerminalSNR(), "parameterization": EDMPreconditioning()}, "'v' or 'x0'"),
+        ({"schedule": ZeroTerminalSNR(), "time_input": "edm"}, r"one of \['t'\]"),
+        ({"schedule": CosineLogSNR()}, r"one of \['scaled_t', 'edm'\].*from 0.0 to 1.0"),
+        ({"time_input": "scaled_t"}, r"one of \['t', 'edm'\]"),
+        ({"schedule": EDM()}, r"one of \['edm'\]"),
+        ({"sampler": DDPM("learned_range")}, "learns the variance"),
+        ({"sampler": DDPM("interpolated", fraction=1.5)}, r"fraction must lie in \[0, 1\]"),
         ({"time_input": "seconds"}, "'seconds'"),
         ({"dtype": "float16"}, "'float16'"),
         ({"sampler": DDIM(eta=2.0)}, "eta must lie in"),
@@ -149,6 +156,37 @@ def test_only_what_the_globs_name_is_trained():
 def test_parts_that_do_not_fit_are_refused_when_the_system_is_built(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(SYSTEM, **changes).build()
+
+
+def test_noise_has_the_size_of_the_level_where_the_grid_starts():
+    """EDM's x_T ~ N(0, sigma²) at the grid's own first sigma, the largest x that is ever seen."""
+    system = DDPMSystem(
+        image_size=4,
+        channels=1,
+        network=MLPConfig(width=16, depth=1),
+        schedule=EDM(),
+        parameterization=V(),
+        time_input="edm",
+        threshold=Unguided(),
+        steps=Steps("karras", num_steps=3, max_steps=3),
+    )
+    stage = system.build().stages["base"]
+    params = jax.tree.map(jnp.zeros_like, params_of(stage))
+    keys, seen = image_keys(0, np.arange(64)), []
+
+    def spy(denoise, uncond):
+        def wrapped(x, level, cond):
+            jax.debug.callback(lambda value: seen.append(float(value)), jnp.std(x))
+            return denoise(x, level, cond)
+
+        return wrapped
+
+    for sigma_max in (80.0, 20.0):
+        grid = karras(EDM(), 3, max_steps=3, sigma_max=sigma_max)
+        seen.clear()
+        stage.sample(params, {}, keys, guide=jax.tree_util.Partial(spy), grid=grid)
+        jax.effects_barrier()
+        assert max(seen) == pytest.approx(sigma_max, rel=0.1)
 
 
 def test_images_of_another_size_are_refused():
