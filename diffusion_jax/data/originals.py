@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import os
 import tarfile
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,11 @@ def download(original: Original, folder: str | Path) -> Path:
                 out.write(chunk)
         _check_hash(partial, original)
         partial.rename(target)
+    except urllib.error.URLError as error:
+        raise OSError(
+            f"cannot fetch {original.url}: {error.reason}. If you have {target.name} already, name "
+            "its folder with --source-dir"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
     return target

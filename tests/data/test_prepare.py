@@ -228,3 +228,10 @@ def test_a_download_is_kept_only_with_the_right_hash(tmp_path):
     (local / "remote.bin").write_bytes(b"rot")
     with pytest.raises(ValueError, match="SHA-256"):
         originals.download(good, local)
+
+
+def test_a_download_that_fails_says_what_to_do(tmp_path):
+    missing = originals.Original((tmp_path / "missing.bin").as_uri(), "0" * 64)
+    with pytest.raises(OSError, match=r"cannot fetch file://.*missing\.bin.*--source-dir"):
+        originals.download(missing, tmp_path / "local")
+    assert list((tmp_path / "local").iterdir()) == []
