@@ -11,7 +11,7 @@ INSTALL = [
     # 1.0 swaps the meaning of the top-level API.
     "orbax-checkpoint>=0.12.3,<1.0",
     "tensorflow-datasets>=4.9.10,<5",
-    # tensorflow-datasets imports it for builders that live in a package, without declaring it.
+    # tensorflow-datasets imports it for users' builders that live in a package, undeclared.
     "importlib_resources",
     # Earlier 5.x releases carry CVE-2026-4372.
     "transformers>=5.3,<6",

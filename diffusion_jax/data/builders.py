@@ -28,8 +28,7 @@ class _Labelled(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    # Saves the dependency importlib_resources, which TFDS needs for builders in packages
-    # but does not declare.
+    # Left out, TFDS looks them up through importlib_resources, which it does not declare.
     code_path = epath.Path(__file__)
     pkg_dir_path = epath.Path(__file__).parent
 
