@@ -47,6 +47,7 @@ def name_of(schedule):
     return next(name for name, make in SCHEDULES.items() if type(schedule) is make)
 
 
+@pytest.mark.slow
 @every_schedule
 def test_schedule_compiles_and_keeps_its_type_and_shape(schedule):
     schedule = schedule()
@@ -128,6 +129,7 @@ def network(params, x, t, cond, *, keys=None):
 LEVEL = NoiseLevel(jnp.float32(5.0), jnp.float32(0.6), jnp.float32(0.8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table, name", [("guide", n) for n in GUIDANCE]
                          + [("threshold", n) for n in THRESHOLDS])  # fmt: skip
 def test_guidance_is_denoiser_to_denoiser(table, name):

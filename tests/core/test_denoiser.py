@@ -19,6 +19,7 @@ def exact_eps(params, x, t, cond, *, keys=None):
     return (x - LEVEL.alpha * MIXTURE.x0(x, LEVEL, cond.vector)) / LEVEL.sigma
 
 
+@pytest.mark.slow
 def test_exact_eps_network_becomes_the_exact_denoiser():
     cond = MIXTURE.classes([0, 2])
     prediction = make_denoiser(exact_eps, Eps())({})(X, LEVEL, cond)

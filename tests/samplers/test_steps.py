@@ -170,6 +170,7 @@ def test_one_step_to_clean_is_the_prediction(sampler):
     np.testing.assert_allclose(out.x, np.broadcast_to(x0, (4, 2)), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_trace_holds_every_state():
     """Rows that were run hold the sample after each step, the last one the result; others zero."""
     grid = from_times(Linear(), [900.0, 500.0, 100.0], max_steps=5)

@@ -75,6 +75,7 @@ def test_one_compilation_for_scale_eta_seed_label_and_steps():
         assert np.abs(other - reference).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_scale_1_is_the_conditional_model_and_scale_0_ignores_the_label():
     conditional = STAGE.sample(
         PARAMS,
@@ -117,6 +118,7 @@ def test_unconditional_loss_and_sample(dtype):
     assert images.dtype == jnp.float32 and np.abs(images).max() <= 1.0
 
 
+@pytest.mark.slow
 def test_only_what_the_globs_name_is_trained():
     tx = Optimizer(learning_rate=0.1).build()
     state = TrainState.create(params_of(STAGE), tx, trainable=("conditioner/**",))
@@ -158,6 +160,7 @@ def test_parts_that_do_not_fit_are_refused_when_the_system_is_built(changes, mes
         replace(SYSTEM, **changes).build()
 
 
+@pytest.mark.slow
 def test_noise_has_the_size_of_the_level_where_the_grid_starts():
     """EDM's x_T ~ N(0, sigma²) at the grid's own first sigma, the largest x that is ever seen."""
     system = DDPMSystem(
