@@ -71,9 +71,9 @@ TINY = replace(
         steps=Steps(num_steps=20),
     ),
     data=Digits(),
-    optimizer=Optimizer(learning_rate=4e-3, schedule="cosine", warmup_steps=100, total_steps=1500),
+    optimizer=Optimizer(learning_rate=4e-3, schedule="cosine", warmup_steps=100, total_steps=1200),
     training=Training(
-        num_steps=1500, batch_size=64, ema=EMA(0.998), eval_every=500, checkpoint_every=500
+        num_steps=1200, batch_size=64, ema=EMA(0.998), eval_every=400, checkpoint_every=400
     ),
     evaluation=Evaluation(batch_size=479),
     expected={"best_frechet_train_ratio": (0.0, 1.6), "min_nearest_ratio": (0.7, 2.0)},

@@ -161,7 +161,7 @@ GOOD = np.zeros((8, 8, 1), np.float32)
         (source_of(GOOD), {"batch_size": 7}, "does not split over 2 devices"),
         (source_of(GOOD), {"stage": "prior"}, "stage must be one of"),
         (source_of(GOOD), {"batch_size": 2}, "fewer than one batch"),
-        (source_of(GOOD), {"num_steps": 1501}, "learning rate is 0 after"),
+        (source_of(GOOD), {"num_steps": 1201}, "learning rate is 0 after"),
         (
             Arrays({"image": GOOD[None].repeat(8, 0), "label": np.zeros(8, np.int32)}),
             {"batch_size": 2, "trainable": ("encoder/**",)},
