@@ -31,7 +31,8 @@ def check_fit(experiment: Experiment, source: Source) -> None:
 
     Raises:
       ValueError: if there is no data, an image is not what the system draws, a label is out
-        of range or missing, or the batch does not split over the devices.
+        of range or missing, the learning rate ends before the training does, there are several
+        processes, or the batch does not split over the devices.
     """
     if len(source) == 0:
         raise ValueError(f"{source!r} has no examples")

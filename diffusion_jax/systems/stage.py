@@ -32,7 +32,8 @@ class SampleFn(Protocol):
     """(params, batch, keys [B]) -> images; guide, sampler and grid replace the stage's own.
 
     Everything is an argument of the compiled function: other knobs, steps, seeds and prompts
-    reuse one compilation.
+    reuse one compilation. Sampling starts from pure noise, so a grid that starts later than its
+    step 0 does not belong here; run `samplers.sample` from a noised image for that.
     """
 
     def __call__(
