@@ -33,7 +33,8 @@ def _rates(level: NoiseLevel, x: Array) -> tuple[Array, Array]:
 class Eps:
     """The network predicts the noise: x0 = (x_t - σ ε) / α.
 
-    Undefined where alpha = 0; use V or X0 with zero terminal SNR.
+    Undefined where alpha = 0; use V, X0 or FlowVelocity with zero terminal SNR. Rounding errors
+    of x0 grow as 1 / α.
 
     Source: Ho et al. 2020 (arXiv:2006.11239), eq. 15.
     """
@@ -92,12 +93,60 @@ class V:
 
 
 @dataclass(frozen=True)
+class Score:
+    """The network predicts the score ∇ log p_t(x_t) = -ε / σ: x0 = (x_t + σ² s) / α.
+
+    Undefined where alpha = 0, and the target where sigma = 0. Rounding errors of x0 grow as
+    1 / α, as with Eps.
+
+    Source: Song et al. 2021 (arXiv:2011.13456), eq. 7.
+    """
+
+    def to_x0(self, output: Array, x: Array, level: NoiseLevel) -> Array:
+        alpha, sigma = _rates(level, x)
+        return (x + sigma**2 * output) / alpha
+
+    def target(self, x0: Array, eps: Array, level: NoiseLevel) -> Array:
+        del x0
+        return -eps / per_example(level.sigma, eps)
+
+    def scale_input(self, x: Array, level: NoiseLevel) -> Array:
+        del level
+        return x
+
+
+@dataclass(frozen=True)
+class FlowVelocity:
+    """The network predicts u = ε - x0, hence x0 = (x_t - σ u) / (α + σ).
+
+    u is the velocity dx_t/dt of the straight path α = 1 - t, σ = t; on another path it is the
+    same target, not that path's own velocity. Defined at every level.
+
+    Source: Liu et al. 2022 (arXiv:2209.03003), eq. 1; Esser et al. 2024 (arXiv:2403.03206),
+    section 2, with their direction of time.
+    """
+
+    def to_x0(self, output: Array, x: Array, level: NoiseLevel) -> Array:
+        alpha, sigma = _rates(level, x)
+        return (x - sigma * output) / (alpha + sigma)
+
+    def target(self, x0: Array, eps: Array, level: NoiseLevel) -> Array:
+        del level
+        return eps - x0
+
+    def scale_input(self, x: Array, level: NoiseLevel) -> Array:
+        del level
+        return x
+
+
+@dataclass(frozen=True)
 class EDMPreconditioning:
     """The network predicts F of D(x) = c_skip x + c_out F(c_in x), x = x_t / α.
 
     With σ = σ_t / α_t and the data's standard deviation σ_d:
     c_skip = σ_d² / (σ² + σ_d²), c_out = σ σ_d / √(σ² + σ_d²), c_in = 1 / √(σ² + σ_d²).
-    Input and target of F then have unit variance at every level.
+    Input and target of F then have unit variance at every level. Undefined where alpha = 0, and
+    the target where sigma = 0.
 
     Attributes:
       sigma_data: σ_d.
@@ -135,4 +184,11 @@ class EDMPreconditioning:
         return x / jnp.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
 
 
-PARAMETERIZATIONS = {"eps": Eps, "x0": X0, "v": V, "edm": EDMPreconditioning}
+PARAMETERIZATIONS = {
+    "eps": Eps,
+    "x0": X0,
+    "v": V,
+    "score": Score,
+    "flow": FlowVelocity,
+    "edm": EDMPreconditioning,
+}

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 
 from diffusion_jax.core.forward import add_noise
-from diffusion_jax.core.parameterization import PARAMETERIZATIONS, EDMPreconditioning, Eps, V
+from diffusion_jax.core.parameterization import (
+    PARAMETERIZATIONS,
+    EDMPreconditioning,
+    Eps,
+    FlowVelocity,
+    Score,
+    V,
+)
 from diffusion_jax.core.types import NoiseLevel
 
 
@@ -21,7 +28,7 @@ SIGNAL = np.asarray([1e-4, 1e-2, 0.5, 0.99, 1 - 1e-4])
 
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)
 def test_the_target_leads_back_to_x0(name):
-    """to_x0(target(x0, eps), x_t) = x0 in float32; for eps the error grows as 1 / α."""
+    """to_x0(target(x0, eps), x_t) = x0 in float32; for eps and score the error grows as 1 / α."""
     rng = np.random.default_rng(0)
     x0 = jnp.float32(rng.uniform(-1, 1, (5, 4)))
     eps = jnp.float32(rng.standard_normal((5, 4)))
@@ -30,7 +37,7 @@ def test_the_target_leads_back_to_x0(name):
     x = add_noise(x0, eps, level)
     back = parameterization.to_x0(parameterization.target(x0, eps, level), x, level)
     error = np.abs(np.asarray(back - x0)).max(axis=1)
-    growth = 1 / np.sqrt(SIGNAL) if name == "eps" else np.ones(5)
+    growth = 1 / np.sqrt(SIGNAL) if name in ("eps", "score") else np.ones(5)
     assert np.all(error <= 1e-6 * growth), error
 
 
@@ -44,6 +51,43 @@ def test_v_is_the_rotation_of_x0_and_eps(x64):
     phi, h = 0.7, 1e-5
     slope = (add_noise(x0, eps, at(phi + h)) - add_noise(x0, eps, at(phi - h))) / (2 * h)
     np.testing.assert_allclose(V().target(x0, eps, at(phi)), slope, rtol=1e-8)
+
+
+def test_flow_velocity_is_the_slope_of_the_straight_path(x64):
+    """At α = 1 - t, σ = t: u = dx_t/dt, by a finite difference."""
+    x0, eps = jnp.asarray([[0.3]]), jnp.asarray([[-1.1]])
+
+    def at(t):
+        return NoiseLevel(jnp.asarray(t), jnp.asarray(1 - t), jnp.asarray(t))
+
+    h = 1e-5
+    slope = (add_noise(x0, eps, at(0.4 + h)) - add_noise(x0, eps, at(0.4 - h))) / (2 * h)
+    np.testing.assert_allclose(FlowVelocity().target(x0, eps, at(0.4)), slope, rtol=1e-8)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+def test_flow_velocity_is_defined_on_the_whole_straight_path(t):
+    level = NoiseLevel(*(jnp.full(1, rate) for rate in (t, 1 - t, t)))
+    x0, eps = jnp.asarray([[0.3]]), jnp.asarray([[-1.1]])
+    velocity = FlowVelocity().target(x0, eps, level)
+    back = FlowVelocity().to_x0(velocity, add_noise(x0, eps, level), level)
+    np.testing.assert_allclose(back, x0, rtol=1e-6)
+
+
+def test_score_is_the_gradient_of_the_log_density(x64):
+    """For data N(0, s²) the exact score of p_t leads to the exact posterior mean of x0."""
+    std, alpha, sigma = 0.5, 0.8, 0.7
+    level = NoiseLevel(jnp.zeros(1), jnp.full(1, alpha), jnp.full(1, sigma))
+    x = jnp.asarray([[0.9, -0.4]])
+    variance = alpha**2 * std**2 + sigma**2
+    score = -x / variance
+    np.testing.assert_allclose(
+        Score().to_x0(score, x, level), alpha * std**2 / variance * x, rtol=1e-12
+    )
+    # The target, whose mean given x_t is the score: the gradient of log N(x_t; α x0, σ²).
+    x0, eps = jnp.asarray([[0.3, 0.2]]), jnp.asarray([[-1.1, 0.7]])
+    expected = -(add_noise(x0, eps, level) - alpha * x0) / sigma**2
+    np.testing.assert_allclose(Score().target(x0, eps, level), expected, rtol=1e-12)
 
 
 def test_v_is_defined_where_there_is_no_signal():
@@ -87,7 +131,7 @@ def test_edm_coefficients_are_table_1(x64):
 
 def test_input_is_scaled_by_edm_alone():
     x, level = jnp.ones((5, 2)), level_of(SIGNAL)
-    for name in ("eps", "x0", "v"):
+    for name in ("eps", "x0", "v", "score", "flow"):
         np.testing.assert_array_equal(PARAMETERIZATIONS[name]().scale_input(x, level), x)
 
 
