@@ -289,6 +289,37 @@ class Sigmoid(DiscreteSchedule):
 
 
 @dataclass(frozen=True)
+class LaplaceBeta(DiscreteSchedule):
+    """Table called "laplace" in diffusers: ᾱ follows the root of a Laplace schedule's signal.
+
+    β_t = 1 - f((t + 1) / T) / f(t / T),  f(u) = √sigmoid(λ(u)),
+    λ(u) = -½ sign(½ - u) log(1 - 2 |u - ½| + 1e-6). The root makes every level less noisy than
+    the paper's ᾱ = sigmoid(λ), and the signal does not end near 0; the schedule of the paper is
+    `Laplace`. This one exists to read configurations that name it.
+
+    Attributes:
+      max_beta: upper bound on every β_t.
+
+    Raises:
+      ValueError: if `max_beta` is outside (0, 1).
+
+    Source: diffusers' DDPM scheduler, beta_schedule "laplace", after Hang et al. 2024
+    (arXiv:2407.03297).
+    """
+
+    max_beta: float = 0.999
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_max_beta(self.max_beta)
+
+    def betas(self) -> np.ndarray:
+        centred = np.arange(self.num_timesteps + 1, dtype=np.float64) / self.num_timesteps - 0.5
+        log_snr = 0.5 * np.sign(centred) * np.log(1.0 - 2.0 * np.abs(centred) + 1e-6)
+        return _betas_from_signal(np.sqrt(1.0 / (1.0 + np.exp(-log_snr))), self.max_beta)
+
+
+@dataclass(frozen=True)
 class Betas(DiscreteSchedule):
     """A schedule given by its β_t one by one.
 

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.core.continuous import EDM, CosineLogSNR, FlowMatching, Laplace
 from diffusion_jax.core.discrete import (
     Betas,
     Cosine,
     DiscreteSchedule,
+    LaplaceBeta,
     Linear,
     ScaledLinear,
     Sigmoid,
@@ -43,7 +43,7 @@ class NoiseSchedule(Protocol):
         ...
 
     def __call__(self, t: Array) -> NoiseLevel:
-        """The level at time t, [] or [B]."""
+        """The level at time t, [] or [B]; its own `t` is what the network is told."""
         ...
 
     def inverse(self, log_snr: Array) -> Array:
@@ -53,120 +53,6 @@ class NoiseSchedule(Protocol):
     def sample_t(self, keys: Key) -> Array:
         """One training time per key, [B]."""
         ...
-
-
-@dataclass(frozen=True)
-class CosineLogSNR:
-    """Continuous cosine schedule with log-SNR cut to a range.
-
-    log-SNR(t) = -2 log tan(a t + b), so alpha = cos(a t + b), sigma = sin(a t + b), for t
-    in [0, 1]; b and a follow from the range.
-
-    Attributes:
-      log_snr_min: log-SNR at t = 1.
-      log_snr_max: log-SNR at t = 0.
-
-    Raises:
-      ValueError: unless log_snr_min < log_snr_max.
-
-    Source: Ho & Salimans 2022 (arXiv:2207.12598), section 2; Salimans & Ho 2022
-    (arXiv:2202.00512), appendix B.
-    """
-
-    log_snr_min: float = -20.0
-    log_snr_max: float = 20.0
-
-    num_timesteps = None
-    t_min = 0.0
-    t_max = 1.0
-
-    def __post_init__(self):
-        if not self.log_snr_min < self.log_snr_max:
-            raise ValueError(
-                f"expected log_snr_min < log_snr_max, got {self.log_snr_min}, {self.log_snr_max}"
-            )
-
-    def prior_std(self, level: NoiseLevel) -> float:
-        del level
-        return 1.0
-
-    def _range(self) -> tuple[float, float]:
-        b = float(np.arctan(np.exp(-0.5 * self.log_snr_max)))
-        return float(np.arctan(np.exp(-0.5 * self.log_snr_min))) - b, b
-
-    def __call__(self, t: Array) -> NoiseLevel:
-        xp = numpy_like(t)
-        a, b = self._range()
-        t = xp.asarray(t)
-        angle = a * t + b
-        # Near the noisy end cos loses its digits in float32; the complement does not.
-        complement = a * (1.0 - t) + float(np.pi / 2 - a - b)
-        return NoiseLevel(t, xp.sin(complement), xp.sin(angle))
-
-    def inverse(self, log_snr: Array) -> Array:
-        xp = numpy_like(log_snr)
-        a, b = self._range()
-        return xp.clip((xp.arctan(xp.exp(-0.5 * log_snr)) - b) / a, 0.0, 1.0)
-
-    def sample_t(self, keys: Key) -> Array:
-        return jax.vmap(jax.random.uniform)(keys)
-
-
-@dataclass(frozen=True)
-class EDM:
-    """Variance-exploding path of EDM: alpha = 1, sigma = t.
-
-    Training draws log t ~ N(p_mean, p_std²).
-
-    Attributes:
-      sigma_min: least noise at which a grid may evaluate the network.
-      sigma_max: noise at which sampling starts.
-      p_mean: mean of log sigma in training.
-      p_std: standard deviation of log sigma in training.
-
-    Raises:
-      ValueError: unless 0 < sigma_min < sigma_max and p_std > 0.
-
-    Source: Karras et al. 2022 (arXiv:2206.00364), table 1.
-    """
-
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    p_mean: float = -1.2
-    p_std: float = 1.2
-
-    num_timesteps = None
-
-    def __post_init__(self):
-        if not 0.0 < self.sigma_min < self.sigma_max:
-            raise ValueError(
-                f"expected 0 < sigma_min < sigma_max, got {self.sigma_min}, {self.sigma_max}"
-            )
-        if self.p_std <= 0.0:
-            raise ValueError(f"p_std must be positive, got {self.p_std}")
-
-    @property
-    def t_min(self) -> float:
-        return self.sigma_min
-
-    @property
-    def t_max(self) -> float:
-        return self.sigma_max
-
-    def prior_std(self, level: NoiseLevel) -> Array:
-        return level.sigma
-
-    def __call__(self, t: Array) -> NoiseLevel:
-        xp = numpy_like(t)
-        t = xp.asarray(t)
-        return NoiseLevel(t, xp.ones_like(t), t)
-
-    def inverse(self, log_snr: Array) -> Array:
-        xp = numpy_like(log_snr)
-        return xp.clip(xp.exp(-0.5 * xp.asarray(log_snr)), self.sigma_min, self.sigma_max)
-
-    def sample_t(self, keys: Key) -> Array:
-        return jnp.exp(self.p_mean + self.p_std * jax.vmap(jax.random.normal)(keys))
 
 
 @dataclass(frozen=True)
@@ -181,17 +67,22 @@ class ShiftedLogSNR:
       shift: added to log-SNR, in nats.
 
     Raises:
-      ValueError: if the base is variance exploding.
+      ValueError: if the base does not preserve variance.
 
     Source: Hoogeboom et al. 2023 (arXiv:2301.11093), eq. 5.
     """
 
-    base: DiscreteSchedule | CosineLogSNR = Cosine()
+    base: DiscreteSchedule | CosineLogSNR | Laplace = Cosine()
     shift: float = 0.0
 
     def __post_init__(self):
         if isinstance(self.base, EDM):
             raise ValueError("EDM keeps alpha = 1; change its sigma_min and sigma_max instead")
+        if isinstance(self.base, FlowMatching):
+            raise ValueError(
+                "FlowMatching keeps alpha + sigma = 1; set its own shift to exp(-shift / 2) = "
+                f"{np.exp(-0.5 * self.shift):.6g} instead"
+            )
 
     @property
     def num_timesteps(self) -> int | None:
@@ -228,10 +119,13 @@ SCHEDULES = {
     "cosine": Cosine,
     "sigmoid": Sigmoid,
     "sigmoid_beta": SigmoidBeta,
+    "laplace_beta": LaplaceBeta,
     "betas": Betas,
     "zero_terminal_snr": ZeroTerminalSNR,
     "cosine_log_snr": CosineLogSNR,
+    "laplace": Laplace,
     "edm": EDM,
+    "flow_matching": FlowMatching,
     "shifted_log_snr": ShiftedLogSNR,
 }
 
@@ -242,6 +136,9 @@ __all__ = [
     "Cosine",
     "CosineLogSNR",
     "DiscreteSchedule",
+    "FlowMatching",
+    "Laplace",
+    "LaplaceBeta",
     "Linear",
     "NoiseSchedule",
     "ScaledLinear",

@@ -1,120 +1,17 @@
-"""Sampling grids: which noise levels a sampler visits, as padded arrays."""
+"""Sampling spacings: which times of a schedule a sampler visits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.core.grid import Grid, check_num_steps, from_times, jumps
 from diffusion_jax.core.schedules import NoiseSchedule
-from diffusion_jax.core.types import Array, NoiseLevel
+from diffusion_jax.core.types import Array
 
-
-class Grid(NamedTuple):
-    """Noise levels from noisy to clean, padded with the last one to a fixed length.
-
-    Step i goes from levels[i] to levels[i + 1]; steps start … stop - 1 are run. All leaves
-    are arrays of a shape that does not depend on the number of steps, so that grids of
-    different length share one compilation.
-
-    Attributes:
-      levels: every field [MAX + 1].
-      start: [] int32, the first step; larger than 0 for image-to-image.
-      stop: [] int32, the number of steps.
-
-    Source: none; a convention of this library.
-    """
-
-    levels: NoiseLevel
-    start: Array | int
-    stop: Array | int
-
-    def level(self, index: Array | int) -> NoiseLevel:
-        """The level before step `index`, every field []."""
-        return NoiseLevel(*(jnp.asarray(field)[index] for field in self.levels))
-
-    def starting_at(self, step: int) -> "Grid":
-        """The same grid without its first `step` steps (image-to-image).
-
-        Raises:
-          ValueError: if no step is left.
-        """
-        if not 0 <= step < int(self.stop):
-            raise ValueError(f"step must lie in [0, {int(self.stop)}), got {step}")
-        return self._replace(start=jnp.asarray(step, jnp.int32))
-
-    def fixed(self) -> "Grid":
-        """The grid with Python bounds: reverse-mode gradients pass, and each length compiles."""
-        return self._replace(start=int(self.start), stop=int(self.stop))
-
-
-def check_num_steps(num_steps: int, max_steps: int) -> None:
-    """Raises ValueError unless num_steps is an integer in [1, max_steps].
-
-    Source: none; a convention of this library.
-    """
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer):
-        raise ValueError(f"num_steps must be an integer, got {num_steps!r}")
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    if num_steps > max_steps:
-        raise ValueError(
-            f"num_steps = {num_steps} exceeds max_steps = {max_steps}, the length that grids are "
-            "padded to; pass a larger max_steps (a sampler compiles once per max_steps)"
-        )
-
-
-def from_times(
-    schedule: NoiseSchedule, times: Array, *, final: str = "clean", max_steps: int = 1000
-) -> Grid:
-    """The grid that evaluates the network at the given times, from noisy to clean.
-
-    Args:
-      times: [N] strictly decreasing, in [schedule.t_min, schedule.t_max].
-      final: where the last step ends: "clean" (alpha 1, sigma 0) or "t_min" (the schedule's
-        least noisy level, as Stable Diffusion's DDIM does).
-      max_steps: length that the grid is padded to.
-
-    Raises:
-      ValueError: if the times are not a decreasing sequence inside the range, if there are
-        more than `max_steps`, or if `final` is unknown.
-
-    Source: none; a convention of this library.
-    """
-    times = np.asarray(times, np.float64)
-    if times.ndim != 1 or np.any(np.diff(times) >= 0.0):
-        raise ValueError(f"times must be a strictly decreasing sequence, got {times}")
-    check_num_steps(len(times), max_steps)
-    slack = 1e-9 * max(1.0, abs(schedule.t_max))
-    if times[0] > schedule.t_max + slack or times[-1] < schedule.t_min - slack:
-        raise ValueError(
-            f"times must lie in [{schedule.t_min}, {schedule.t_max}], got {times[0]} to {times[-1]}"
-        )
-    return _from_levels(schedule(times), _final_level(schedule, final), max_steps)
-
-
-def _final_level(schedule: NoiseSchedule, final: str) -> NoiseLevel:
-    if final == "clean":
-        return NoiseLevel(np.asarray(schedule.t_min), np.asarray(1.0), np.asarray(0.0))
-    if final == "t_min":
-        return schedule(np.asarray(schedule.t_min))
-    raise ValueError(f"final must be 'clean' or 't_min', got {final!r}")
-
-
-def _from_levels(levels: NoiseLevel, final: NoiseLevel, max_steps: int) -> Grid:
-    num_steps = len(levels.t)
-
-    def pad(values, last):
-        return jnp.asarray(
-            np.concatenate([values, np.full(max_steps + 1 - num_steps, last, np.float64)])
-        )
-
-    return Grid(
-        NoiseLevel(*(pad(values, last) for values, last in zip(levels, final, strict=True))),
-        jnp.asarray(0, jnp.int32),
-        jnp.asarray(num_steps, jnp.int32),
-    )
+# GLIDE's 27 steps: these sections, with the last time moved down by 2.
+_FAST27 = (10, 10, 3, 2, 2)
 
 
 def _check_discrete(schedule: NoiseSchedule, num_steps: int, max_steps: int) -> None:
@@ -123,6 +20,15 @@ def _check_discrete(schedule: NoiseSchedule, num_steps: int, max_steps: int) -> 
         raise ValueError(
             f"num_steps = {num_steps} exceeds the schedule's {schedule.num_timesteps} timesteps"
         )
+
+
+def _rounded(schedule: NoiseSchedule, times: Array) -> Array:
+    if schedule.num_timesteps is None:
+        raise ValueError(
+            f"round_t rounds to discrete timesteps; {type(schedule).__name__} is continuous with "
+            f"times from {schedule.t_min} to {schedule.t_max}, so leave round_t off"
+        )
+    return np.round(times)
 
 
 def trailing(
@@ -142,7 +48,8 @@ def trailing(
       final: see `from_times`.
 
     Raises:
-      ValueError: if num_steps is below 1 or above max_steps or the schedule's T.
+      ValueError: if num_steps is below 1 or above max_steps or the schedule's T, or if times
+        of a continuous schedule are to be rounded.
 
     Source: Lin et al. 2023 (arXiv:2305.08891), table 2.
     """
@@ -152,7 +59,7 @@ def trailing(
     else:
         total = schedule.num_timesteps
         times = total - np.arange(num_steps) * (total / num_steps) - 1.0
-    times = np.round(times) if round_t else times
+    times = _rounded(schedule, times) if round_t else times
     return from_times(schedule, times, final=final, max_steps=max_steps)
 
 
@@ -208,14 +115,15 @@ def linspace(
       final: see `from_times`.
 
     Raises:
-      ValueError: if num_steps is out of range.
+      ValueError: if num_steps is out of range, or if times of a continuous schedule are to be
+        rounded.
 
     Source: Nichol & Dhariwal 2021 (arXiv:2102.09672), section 4; Lin et al. 2023
     (arXiv:2305.08891), table 2.
     """
     _check_discrete(schedule, num_steps, max_steps)
     times = np.linspace(schedule.t_max, schedule.t_min, num_steps)
-    times = np.round(times) if round_t else times
+    times = _rounded(schedule, times) if round_t else times
     return from_times(schedule, times, final=final, max_steps=max_steps)
 
 
@@ -244,7 +152,8 @@ def karras(
 
     Raises:
       ValueError: if num_steps is out of range, if the ends are not ordered or lie outside
-        of the schedule, or if rho is not positive.
+        of the schedule, if rho is not positive, or if times of a continuous schedule are to be
+        rounded.
 
     Source: Karras et al. 2022 (arXiv:2206.00364), eq. 5.
     """
@@ -260,8 +169,9 @@ def karras(
     low, high = ratios
     if not 0.0 < low < high < np.inf:
         raise ValueError(
-            f"expected 0 < sigma_min < sigma_max < inf, got {low} and {high}; a schedule with "
-            "zero terminal SNR needs sigma_max"
+            f"expected 0 < sigma_min < sigma_max < inf, got {low} and {high}; a schedule without "
+            "signal at its end (zero terminal SNR, flow matching) needs sigma_max or another "
+            "spacing"
         )
     if low < ends[0] * (1 - 1e-6) or high > ends[1] * (1 + 1e-6):
         raise ValueError(
@@ -273,60 +183,110 @@ def karras(
     times = schedule.inverse(-2.0 * np.log(sigmas))
     grid = from_times(schedule, times, final=final, max_steps=max_steps)
     if round_t:
-        grid = grid._replace(levels=grid.levels._replace(t=jnp.round(grid.levels.t)))
+        told = _rounded(schedule, np.asarray(grid.levels.t))
+        grid = grid._replace(levels=grid.levels._replace(t=jnp.asarray(told)))
     return grid
 
 
-def jumps(
-    grid: Grid, *, jump_length: int, num_resamples: int, max_steps: int | None = None
-) -> Grid:
-    """Lets a grid go back up and down again, RePaint's resampling, as data.
+def _integer_stride(num_timesteps: int, count: int) -> tuple[int, ...]:
+    for stride in range(1, num_timesteps):
+        if -(-num_timesteps // stride) == count:
+            return tuple(range(0, num_timesteps, stride))
+    raise ValueError(
+        f"'ddim{count}': no integer stride through {num_timesteps} timesteps visits {count} of "
+        f"them; give a divisor of {num_timesteps}, or {str(count)!r} for strides that are rounded"
+    )
 
-    After every `jump_length` steps the path returns `jump_length` levels upwards, until each
-    stretch was descended `num_resamples` times. Upward steps go to a noisier level.
+
+def _section_counts(spec: str) -> tuple[int, ...]:
+    if spec == "fast27":
+        return _FAST27
+    parts = spec.removeprefix("ddim").split(",")
+    counts = [int(part) for part in parts if part.strip().isdecimal()]
+    if len(counts) != len(parts) or (spec.startswith("ddim") and len(parts) > 1) or not sum(counts):
+        raise ValueError(
+            "sections must be numbers of steps such as '250' or '10,10,3,2,2', 'ddim50' or "
+            f"'fast27', got {spec!r}"
+        )
+    return tuple(counts)
+
+
+def space_timesteps(num_timesteps: int, spec: str) -> tuple[int, ...]:
+    """The timesteps, ascending, that a respacing string picks out of 0 … num_timesteps - 1.
+
+    "10,10,3" cuts the times into as many sections of equal length (the first ones are longer by
+    one where that does not divide) and takes so many out of each: evenly from the section's first
+    to its last time, rounded half to even; a single one is the first. "ddim50" takes 0, s, 2s, …
+    with the smallest integer stride s that gives 50, and so leaves the last time out. "fast27" is
+    "10,10,3,2,2" with the last time T - 1 moved to T - 3.
 
     Args:
-      grid: N steps.
-      jump_length: j, in levels.
-      num_resamples: n; 1 gives the grid back.
-      max_steps: length that the result is padded to; as many as it has where None.
+      num_timesteps: T of the schedule.
+      spec: the respacing string.
 
     Raises:
-      ValueError: if j or n is below 1, if the grid does not start at 0, or if the result is
-        longer than max_steps.
+      ValueError: if the string has another form, a section has fewer times than are asked of
+        it, or no integer stride gives the number after "ddim".
 
-    Source: Lugmayr et al. 2022 (arXiv:2201.09865), section 4.2 and appendix.
+    Source: Nichol & Dhariwal 2021 (arXiv:2102.09672), section 4; "fast27": Nichol et al. 2021
+    (arXiv:2112.10741), released code.
     """
-    if jump_length < 1 or num_resamples < 1:
+    counts = _section_counts(spec)
+    if spec.startswith("ddim"):
+        return _integer_stride(num_timesteps, counts[0])
+    times, start = [], 0
+    for index, count in enumerate(counts):
+        size = num_timesteps // len(counts) + (index < num_timesteps % len(counts))
+        if count > size:
+            raise ValueError(
+                f"section {index} of sections {spec!r} has {size} of the {num_timesteps} "
+                f"timesteps, cannot take {count} out of it"
+            )
+        # Summed up rather than multiplied: the last bit decides how a half is rounded.
+        offsets = np.cumsum([0.0] + [(size - 1) / max(count - 1, 1)] * (count - 1))[:count]
+        times += [start + int(offset) for offset in np.round(offsets)]
+        start += size
+    if spec == "fast27":
+        times[-1] -= 2
+    return tuple(times)
+
+
+def sections(
+    schedule: NoiseSchedule, spec: str, *, max_steps: int = 1000, final: str = "clean"
+) -> Grid:
+    """The timesteps that a respacing string of ADM or GLIDE picks, see `space_timesteps`.
+
+    The rates and the network's times are the schedule's own at these times.
+
+    Args:
+      schedule: a discrete one.
+      spec: such as "250", "10,10,3,2,2", "ddim50" or "fast27".
+      max_steps: length that the grid is padded to.
+      final: see `from_times`.
+
+    Raises:
+      ValueError: if the schedule is continuous, or the string picks no times of it.
+
+    Source: Nichol & Dhariwal 2021 (arXiv:2102.09672), section 4.
+    """
+    if schedule.num_timesteps is None:
         raise ValueError(
-            f"jump_length and num_resamples must be at least 1, got {jump_length}, {num_resamples}"
+            f"sections pick discrete timesteps; {type(schedule).__name__} is continuous, use "
+            f"another spacing: {sorted(TIMESTEPS)}"
         )
-    if int(grid.start) != 0:
-        raise ValueError(f"jumps needs a grid that starts at step 0, got {int(grid.start)}")
-    num_steps = int(grid.stop)
-    left = dict.fromkeys(range(0, num_steps - jump_length, jump_length), num_resamples - 1)
-    t, path = num_steps, []
-    while t >= 1:
-        t -= 1
-        path.append(t)
-        if left.get(t, 0) > 0:
-            left[t] -= 1
-            path.extend(range(t + 1, t + jump_length + 1))
-            t += jump_length
-    index = num_steps - 1 - np.asarray(path)
-    levels = NoiseLevel(*(np.asarray(field, np.float64)[index] for field in grid.levels))
-    final = NoiseLevel(*(np.asarray(field, np.float64)[num_steps] for field in grid.levels))
-    max_steps = len(path) if max_steps is None else max_steps
-    check_num_steps(len(path), max_steps)
-    return _from_levels(levels, final, max_steps)
+    times = space_timesteps(schedule.num_timesteps, spec)
+    return from_times(schedule, times[::-1], final=final, max_steps=max_steps)
 
 
+# Spacings that are a function of the number of steps; `sections` has a string instead.
 TIMESTEPS: dict[str, Callable[..., Grid]] = {
     "trailing": trailing,
     "leading": leading,
     "linspace": linspace,
     "karras": karras,
 }
+_CAN_ROUND = ("trailing", "linspace", "karras")
+_DEFAULT_NUM_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -334,25 +294,76 @@ class Steps:
     """Which grid a system samples on.
 
     Attributes:
-      spacing: a name in TIMESTEPS.
-      num_steps: number of steps.
+      spacing: a name in TIMESTEPS, or "sections".
+      num_steps: number of steps. None stands for 50, or with "sections" for as many as these
+        make, which is then the only number that is accepted.
       max_steps: length that grids are padded to; one compilation serves them all.
+      sections: respacing string such as "250" or "ddim50" where the spacing is "sections", else
+        None; see `space_timesteps`.
+      round_t: tell the network integer times; for trailing, linspace and karras on discrete
+        schedules. The times of the other spacings are integers anyway.
 
     Raises:
-      ValueError: if the spacing is unknown or num_steps is not in [1, max_steps].
+      ValueError: if the spacing is unknown, num_steps is not in [1, max_steps] or not what
+        the sections make, or an option is given that the spacing does not have.
 
     Source: none; a convention of this library.
     """
 
     spacing: str = "trailing"
-    num_steps: int = 50
+    num_steps: int | None = None
     max_steps: int = 1000
+    sections: str | None = None
+    round_t: bool = False
 
     def __post_init__(self):
-        if self.spacing not in TIMESTEPS:
-            raise ValueError(f"spacing must be one of {sorted(TIMESTEPS)}, got {self.spacing!r}")
+        known = (*sorted(TIMESTEPS), "sections")
+        if self.spacing not in known:
+            raise ValueError(f"spacing must be one of {known}, got {self.spacing!r}")
+        if (self.spacing == "sections") != (self.sections is not None):
+            raise ValueError(
+                "the spacing 'sections' and a value of sections such as '250' go together, got "
+                f"spacing = {self.spacing!r} and sections = {self.sections!r}"
+            )
+        if self.round_t and self.spacing not in _CAN_ROUND:
+            raise ValueError(
+                f"round_t is for the spacings {_CAN_ROUND}; {self.spacing!r} makes integers anyway"
+            )
+        made = _DEFAULT_NUM_STEPS if self.sections is None else sum(_section_counts(self.sections))
+        if self.num_steps is None:
+            object.__setattr__(self, "num_steps", made)
+        elif self.sections is not None and self.num_steps != made:
+            raise ValueError(
+                f"sections {self.sections!r} make {made} steps, got num_steps = {self.num_steps}; "
+                f"leave num_steps out (None) or change sections; for {self.num_steps} steps of "
+                "another spacing choose that spacing and sections = None"
+            )
         check_num_steps(self.num_steps, self.max_steps)
 
     def grid(self, schedule: NoiseSchedule) -> Grid:
-        """The grid on a schedule."""
-        return TIMESTEPS[self.spacing](schedule, self.num_steps, max_steps=self.max_steps)
+        """The grid on a schedule.
+
+        Raises:
+          ValueError: if the spacing does not fit the schedule.
+        """
+        if self.sections is not None:
+            return sections(schedule, self.sections, max_steps=self.max_steps)
+        options = {"round_t": True} if self.round_t else {}
+        make = TIMESTEPS[self.spacing]
+        return make(schedule, self.num_steps, max_steps=self.max_steps, **options)
+
+
+__all__ = [
+    "TIMESTEPS",
+    "Grid",
+    "Steps",
+    "check_num_steps",
+    "from_times",
+    "jumps",
+    "karras",
+    "leading",
+    "linspace",
+    "sections",
+    "space_timesteps",
+    "trailing",
+]

@@ -11,6 +11,9 @@ from diffusion_jax.core.schedules import (
     Cosine,
     CosineLogSNR,
     DiscreteSchedule,
+    FlowMatching,
+    Laplace,
+    LaplaceBeta,
     Linear,
     ScaledLinear,
     ShiftedLogSNR,
@@ -112,14 +115,28 @@ def test_interpolation_is_linear_in_log_snr():
 
 @pytest.mark.parametrize(
     "schedule",
-    [Linear(), Cosine(), Sigmoid(), ShiftedLogSNR(Cosine(), -2.0), CosineLogSNR(), EDM()],
+    [
+        Linear(),
+        Cosine(),
+        Sigmoid(),
+        LaplaceBeta(),
+        ShiftedLogSNR(Cosine(), -2.0),
+        ShiftedLogSNR(Laplace(), 1.5),
+        CosineLogSNR(),
+        Laplace(),
+        Laplace(1.0, 0.3, -6.0, 20.0),
+        EDM(),
+        FlowMatching(),
+        FlowMatching(3.0),
+        FlowMatching(0.5, t_min=0.2),
+    ],
     ids=lambda s: type(s).__name__,
 )
 def test_inverse_undoes_the_schedule(schedule):
     t = np.linspace(schedule.t_min, schedule.t_max, 101)
     level = schedule(t)
     np.testing.assert_allclose(schedule.inverse(log_snr(level)), t, rtol=1e-7, atol=1e-7)
-    if not isinstance(schedule, EDM):
+    if not isinstance(schedule, EDM | FlowMatching):
         np.testing.assert_allclose(level.alpha**2 + level.sigma**2, 1.0, rtol=1e-12)
     beyond = schedule.inverse(np.asarray([1e3, -1e3]))
     np.testing.assert_allclose(beyond, [schedule.t_min, schedule.t_max], rtol=1e-12)
@@ -138,7 +155,9 @@ def test_inverse_of_zero_terminal_snr_is_finite():
         ZeroTerminalSNR(1000, Linear()),
         ShiftedLogSNR(Cosine(), 1.0),
         CosineLogSNR(),
+        Laplace(),
         EDM(),
+        FlowMatching(3.0),
     ],
     ids=lambda s: type(s).__name__,
 )
@@ -184,6 +203,86 @@ def test_edm_is_the_identity_with_lognormal_training_times():
     assert EDM().prior_std(EDM()(np.asarray(20.0))) == 20.0
 
 
+def test_laplace_is_the_papers_formula():
+    """Hang et al. 2024: λ(t) = μ - b sgn(1/2 - t) log(1 - 2 |t - 1/2|), inside of the cut."""
+    schedule = Laplace(0.4, 0.7, -25.0, 25.0)
+    t = np.asarray([0.01, 0.2, 0.5, 0.65, 0.999])
+    expected = 0.4 - 0.7 * np.sign(0.5 - t) * np.log(1 - 2 * np.abs(t - 0.5))
+    np.testing.assert_allclose(log_snr(schedule(t)), expected, rtol=1e-9)
+    ends = log_snr(schedule(np.asarray([0.0, 1.0])))
+    np.testing.assert_allclose(ends, [25.0, -25.0], rtol=1e-9)
+    # float32 keeps the ends, too: 1 - t has few digits there, but the tail is counted from t = 1.
+    traced = schedule(jnp.asarray([0.0, 1.0], jnp.float32))
+    np.testing.assert_allclose(log_snr(traced), [25.0, -25.0], rtol=1e-5)
+
+
+def test_laplace_makes_log_snr_laplace_distributed():
+    """P(λ > μ + b log 2 · k) = 2^-(k + 1), cut or not, for uniform t."""
+    t = np.linspace(0, 1, 100001)
+    value = log_snr(Laplace(1.0, 0.5)(t))
+    for k in (0, 1, 2, 3):
+        above = np.mean(value > 1.0 + 0.5 * np.log(2) * k + 1e-12)
+        below = np.mean(value < 1.0 - 0.5 * np.log(2) * k - 1e-12)
+        np.testing.assert_allclose([above, below], 2.0 ** -(k + 1), atol=2e-5)
+    # Cut to [0, 1] above μ = 0 and b = 1 the upper half keeps (1 - 1/e)/2 of its 1/2.
+    cut = log_snr(Laplace(0.0, 1.0, -40.0, 1.0)(t))
+    half = (1 - np.exp(-1)) / 2
+    np.testing.assert_allclose(np.mean(cut > 0), half / (half + 0.5), atol=2e-5)
+
+
+def test_laplace_beta_is_diffusers_table():
+    """Values that diffusers' DDPMScheduler prints for beta_schedule "laplace" (float32)."""
+    schedule = LaplaceBeta()
+    np.testing.assert_allclose(
+        schedule.betas()[[0, 1, 499, 500, 998, 999]],
+        [0.021153757, 0.0087478133, 2.5015621e-4, 2.5003139e-4, 0.15162966, 0.84725261],
+        rtol=1e-6,
+        atol=2e-7,
+    )
+    np.testing.assert_allclose(
+        schedule.alphas_cumprod()[[0, 499, 500, 999]],
+        [0.97884625, 0.70746034, 0.70728344, 0.03162277],
+        rtol=1e-5,
+    )
+
+
+def test_flow_matching_is_the_straight_path():
+    t = np.asarray([0.001, 0.25, 0.5, 1.0])
+    level = FlowMatching()(t)
+    np.testing.assert_array_equal(level.sigma, t)
+    np.testing.assert_array_equal(level.alpha, 1 - t)
+    np.testing.assert_array_equal(level.t, t)
+    assert FlowMatching().prior_std(FlowMatching()(np.asarray(1.0))) == 1.0
+    np.testing.assert_allclose(FlowMatching().prior_std(level)[2], np.sqrt(0.5))
+
+
+def test_shift_of_flow_matching():
+    """Esser et al. 2024, eq. 23: σ' / α' = s σ / α, the end points stay, 1/2 goes to s/(s + 1)."""
+    t = np.asarray([0.001, 0.25, 0.5, 0.999])
+    plain, shifted = FlowMatching()(t), FlowMatching(3.0)(t)
+    np.testing.assert_allclose(shifted.sigma / shifted.alpha, 3 * plain.sigma / plain.alpha)
+    np.testing.assert_allclose(shifted.alpha + shifted.sigma, 1.0, rtol=1e-15)
+    np.testing.assert_allclose(shifted.sigma[2], 0.75)
+    end = FlowMatching(3.0)(np.asarray(1.0))
+    assert (end.alpha, end.sigma) == (0.0, 1.0)
+    # The network is told the noise rate, so that one network serves every shift.
+    np.testing.assert_array_equal(shifted.t, shifted.sigma)
+
+
+def test_training_times_of_flow_matching():
+    keys = jax.random.split(jax.random.key(2), 4000)
+    t = np.asarray(FlowMatching(t_min=0.2).sample_t(keys))
+    assert t.min() >= 0.2 and t.max() <= 1.0
+    # Uniform: mean 0.6 with standard error 0.8 / √12 / √4000 = 0.0037.
+    assert abs(t.mean() - 0.6) < 0.015 and np.mean(t < 0.4) == pytest.approx(0.25, abs=0.03)
+    t = np.asarray(FlowMatching(logit_normal=(0.5, 0.8)).sample_t(keys), np.float64)
+    logit = np.log(t) - np.log1p(-t)
+    # Standard errors: 0.8 / √4000 = 0.013 for the mean, 0.009 for the deviation.
+    assert abs(logit.mean() - 0.5) < 0.055 and abs(logit.std() - 0.8) < 0.04
+    ends = np.asarray(FlowMatching(logit_normal=(0.0, 50.0)).sample_t(keys))
+    assert ends.min() == np.float32(1e-3) and ends.max() == 1.0
+
+
 def test_training_times_are_uniform():
     keys = jax.random.split(jax.random.key(1), 3000)
     t = np.asarray(Cosine(10).sample_t(keys))
@@ -191,8 +290,9 @@ def test_training_times_are_uniform():
     # Binomial: 300 ± 16.4 each.
     assert t.dtype == np.float32 and counts.sum() == 3000 and len(counts) == 10
     assert np.abs(counts - 300).max() < 75
-    u = np.asarray(CosineLogSNR().sample_t(keys))
-    assert u.min() >= 0 and u.max() < 1 and abs(u.mean() - 0.5) < 0.025
+    for schedule in (CosineLogSNR(), Laplace()):
+        u = np.asarray(schedule.sample_t(keys))
+        assert u.min() >= 0 and u.max() < 1 and abs(u.mean() - 0.5) < 0.025
     shifted = np.asarray(ShiftedLogSNR(Cosine(10)).sample_t(keys))
     np.testing.assert_array_equal(shifted, t)
 
@@ -219,6 +319,15 @@ def test_training_times_are_uniform():
         (lambda: EDM(sigma_min=2.0, sigma_max=1.0), "got 2.0, 1.0"),
         (lambda: EDM(p_std=0.0), "p_std"),
         (lambda: ShiftedLogSNR(EDM()), "alpha = 1"),
+        (lambda: ShiftedLogSNR(FlowMatching(), -2 * np.log(3.0)), "alpha .* own shift .* = 3 "),
+        (lambda: Laplace(scale=0.0), "scale must be positive, got 0.0"),
+        (lambda: Laplace(mean=11.0), "got -10.0, 11.0 and 10.0"),
+        (lambda: LaplaceBeta(max_beta=1.0), "max_beta"),
+        (lambda: FlowMatching(shift=0.0), "shift must be positive, got 0.0"),
+        (lambda: FlowMatching(t_min=0.0), "t_min .* got 0.0"),
+        (lambda: FlowMatching(t_min=1.0), "t_min .* got 1.0"),
+        (lambda: FlowMatching(logit_normal=(0.0, 0.0)), "std > 0, got"),
+        (lambda: FlowMatching(logit_normal=(0.0,)), "std > 0, got"),
     ],
 )
 def test_bad_parameters_are_refused(make, message):

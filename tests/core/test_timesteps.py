@@ -1,5 +1,7 @@
 """Sampling grids: published spacings, padding, RePaint's jumps, refusals."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ from diffusion_jax.core.schedules import (
     EDM,
     Cosine,
     CosineLogSNR,
+    FlowMatching,
+    Laplace,
     Linear,
     ScaledLinear,
     ZeroTerminalSNR,
@@ -20,6 +24,8 @@ from diffusion_jax.core.timesteps import (
     karras,
     leading,
     linspace,
+    sections,
+    space_timesteps,
     trailing,
 )
 
@@ -179,7 +185,10 @@ def test_number_of_steps_is_checked(make, num_steps, message):
         (lambda: from_times(Linear(), [5.0], final="zero"), "'zero'"),
         (lambda: karras(Linear(), 5, rho=0.0), "rho must be positive, got 0.0"),
         (lambda: karras(EDM(), 5, sigma_min=3.0, sigma_max=2.0), "got 3.0 and 2.0"),
-        (lambda: karras(ZeroTerminalSNR(1000, Linear()), 5), "zero terminal SNR needs sigma_max"),
+        (
+            lambda: karras(ZeroTerminalSNR(1000, Linear()), 5),
+            "zero terminal SNR, .* needs",
+        ),
         (lambda: jumps(trailing(Linear(), 4), jump_length=0, num_resamples=2), "got 0, 2"),
         (lambda: jumps(trailing(Linear(), 4), jump_length=1, num_resamples=0), "got 1, 0"),
         (
@@ -190,7 +199,37 @@ def test_number_of_steps_is_checked(make, num_steps, message):
             lambda: jumps(trailing(Linear(), 4), jump_length=1, num_resamples=5, max_steps=6),
             "exceeds max_steps = 6",
         ),
+        (lambda: karras(FlowMatching(), 5), "flow matching\\) needs sigma_max"),
+        (lambda: trailing(Laplace(), 5, round_t=True), "Laplace is continuous"),
+        (lambda: linspace(EDM(), 5, round_t=True), "EDM is continuous"),
+        (lambda: karras(EDM(), 5, round_t=True), "EDM is continuous"),
+        (lambda: sections(CosineLogSNR(), "10"), "CosineLogSNR is continuous, use .*'trailing'"),
+        (lambda: sections(Linear(), "10", max_steps=9), "10 exceeds max_steps = 9"),
+        (lambda: space_timesteps(1000, "ddim60"), "'ddim60': no integer stride .* give a divisor"),
+        (lambda: space_timesteps(1000, "ddim1001"), "'ddim1001': no integer stride"),
+        (lambda: space_timesteps(1000, "1001"), "section 0 .* has 1000 .* cannot take 1001"),
+        (lambda: space_timesteps(10, "3,6,1"), "section 1 .* has 3 of the 10 .* cannot take 6"),
+        (lambda: space_timesteps(40, "fast27"), "section 0 .* has 8 .* cannot take 10"),
+        (lambda: space_timesteps(1000, ""), "'10,10,3,2,2', 'ddim50' or 'fast27', got ''"),
+        (lambda: space_timesteps(1000, "10,,3"), "got '10,,3'"),
+        (lambda: space_timesteps(1000, "10,-3"), "got '10,-3'"),
+        (lambda: space_timesteps(1000, "0,0"), "got '0,0'"),
+        (lambda: space_timesteps(1000, "2.5"), "got '2.5'"),
+        (lambda: space_timesteps(1000, "ddim"), "got 'ddim'"),
+        (lambda: space_timesteps(1000, "ddim10,10"), "got 'ddim10,10'"),
+        (lambda: space_timesteps(1000, "fast28"), "got 'fast28'"),
         (lambda: Steps(spacing="middle"), "'middle'"),
+        (lambda: Steps("sections"), "go together, got spacing = 'sections' and sections = None"),
+        (lambda: Steps(sections="250"), "go together, got spacing = 'trailing'"),
+        (lambda: Steps("sections", sections="x"), "'fast27', got 'x'"),
+        (
+            lambda: replace(Steps("sections", sections="25"), num_steps=20),
+            "'25' make 25 steps, got num_steps = 20; leave num_steps out",
+        ),
+        (lambda: Steps("sections", sections="9,9", max_steps=17), "18 exceeds max_steps = 17"),
+        (lambda: Steps("leading", round_t=True), "'leading' makes integers anyway"),
+        (lambda: Steps("sections", sections="5", round_t=True), "'sections' makes integers"),
+        (lambda: Steps(num_steps=5, round_t=True).grid(FlowMatching()), "FlowMatching is cont"),
         (lambda: Steps(num_steps=0), "at least 1"),
         (lambda: Steps(num_steps=51, max_steps=50), "51 exceeds"),
     ],
@@ -205,6 +244,98 @@ def test_karras_outside_of_the_schedule_is_refused(ends):
     """Noise that the schedule does not have cannot be asked of its network."""
     with pytest.raises(ValueError, match="from 0.029.* to 14.6"):
         karras(ScaledLinear(), 5, **ends)
+
+
+# What guided_diffusion's respacing gives for these strings.
+RESPACED = {
+    (300, "10,15,20"): (
+        [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
+        + [100, 107, 114, 121, 128, 135, 142, 149, 157, 164, 171, 178, 185, 192, 199]
+        + [200, 205, 210, 216, 221, 226, 231, 236, 242, 247]
+        + [252, 257, 263, 268, 273, 278, 283, 289, 294, 299]
+    ),
+    (1000, "27"): (
+        [0, 38, 77, 115, 154, 192, 231, 269, 307, 346, 384, 423, 461, 499]
+        + [538, 576, 615, 653, 692, 730, 768, 807, 845, 884, 922, 961, 999]
+    ),
+    (1000, "ddim25"): list(range(0, 1000, 40)),
+    (1000, "ddim50"): list(range(0, 1000, 20)),
+    (100, "1"): [0],
+    # By hand: the stride of "10" is 111; halves go to the even neighbour; 34 is the least stride
+    # that visits 30 of 1000; a section may be left out; 4 + 3 times in the sections of 7.
+    (1000, "10"): list(range(0, 1000, 111)),
+    (1000, "3"): [0, 500, 999],
+    (998, "3"): [0, 498, 997],
+    (1000, "ddim30"): list(range(0, 1000, 34)),
+    (10, "0,5"): [5, 6, 7, 8, 9],
+    (7, "2,2"): [0, 3, 4, 6],
+    # GLIDE's: sections of 200 times, and 997 in the place of 999.
+    (1000, "fast27"): (
+        [0, 22, 44, 66, 88, 111, 133, 155, 177, 199]
+        + [200, 222, 244, 266, 288, 311, 333, 355, 377, 399]
+        + [400, 500, 599, 600, 799, 800, 997]
+    ),
+}
+
+
+@pytest.mark.parametrize("total, spec", RESPACED)
+def test_respacing_strings(total, spec):
+    times = space_timesteps(total, spec)
+    assert list(times) == RESPACED[total, spec] and all(type(t) is int for t in times)
+
+
+def test_respacing_of_the_released_models():
+    """Where 250 of 1000 and 100 of 4000 leave the even stride, by rounding."""
+    times = space_timesteps(1000, "250")
+    assert (len(times), times[40:43], times[-2:]) == (250, (160, 164, 169), (995, 999))
+    jumps_of_five = [t for t, after in zip(times, times[1:], strict=False) if after - t == 5]
+    assert jumps_of_five == [164, 497, 830]
+    times = space_timesteps(4000, "100")
+    assert times[:6] == (0, 40, 81, 121, 162, 202) and times[-3:] == (3918, 3959, 3999)
+
+
+def test_sections_visit_the_schedules_own_levels():
+    schedule = Cosine()
+    grid = sections(schedule, "10,5", max_steps=20)
+    expected = np.asarray(space_timesteps(1000, "10,5")[::-1], np.float64)
+    np.testing.assert_array_equal(times(grid), expected)
+    np.testing.assert_allclose(grid.levels.alpha[:15], schedule(expected).alpha, rtol=1e-6)
+    assert int(grid.stop) == 15 and grid.levels.t.shape == (21,)
+    assert float(grid.levels.sigma[15]) == 0.0
+    last = sections(schedule, "10,5", max_steps=15, final="t_min").levels.alpha[15]
+    np.testing.assert_allclose(last, schedule(np.asarray(0.0)).alpha, rtol=1e-6)
+
+
+def test_grids_of_flow_matching():
+    """Three steps of SD3's kind: shifted noise rates, which are the times that it is told."""
+    schedule = FlowMatching(3.0)
+    grid = linspace(schedule, 3, max_steps=3)
+    t = np.asarray([1.0, 0.5005, 0.001])
+    expected = 3 * t / (1 + 2 * t)
+    np.testing.assert_allclose(grid.levels.sigma, [*expected, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(grid.levels.alpha, [*(1 - expected), 1.0], atol=1e-7)
+    np.testing.assert_allclose(grid.levels.t[:3], expected, rtol=1e-6)
+    ratio = karras(schedule, 4, max_steps=4, sigma_max=50.0, rho=1.0, sigma_min=2.0).levels
+    np.testing.assert_allclose(ratio.sigma[:4] / ratio.alpha[:4], [50, 34, 18, 2], rtol=1e-5)
+
+
+def test_steps_of_sections_know_their_number():
+    steps = Steps("sections", sections="10,10,3,2,2")
+    assert steps.num_steps == 27 and Steps("sections", sections="fast27").num_steps == 27
+    assert Steps("sections", sections="ddim50").num_steps == 50
+    assert Steps("sections", num_steps=27, sections="10,10,3,2,2") == steps
+    np.testing.assert_array_equal(
+        times(steps.grid(Linear())), space_timesteps(1000, "10,10,3,2,2")[::-1]
+    )
+    other = replace(steps, num_steps=9, spacing="trailing", sections=None)
+    assert other == Steps(num_steps=9) and Steps().num_steps == 50
+
+
+def test_steps_round_where_they_are_told_to():
+    exact = times(Steps(num_steps=3).grid(Linear()))
+    rounded = times(Steps(num_steps=3, round_t=True).grid(Linear()))
+    np.testing.assert_array_equal(rounded, [999, 666, 332])
+    assert exact[1] != rounded[1]
 
 
 def test_steps_builds_the_named_grid():
