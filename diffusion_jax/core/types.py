@@ -39,11 +39,14 @@ class Prediction(NamedTuple):
     Attributes:
       x0: [B, ...] float32 estimate of the clean data.
       var_frac: [B, ...] position of the log variance between log β̃ (0) and log β (1), or
-        None where the network learned no variance.
+        None where the network learned no such range.
+      log_var: [B, ...] log variance of the reverse step of the training chain, or None where
+        the network learned none.
     """
 
     x0: Array
     var_frac: Array | None = None
+    log_var: Array | None = None
 
 
 class DenoiseFn(Protocol):
@@ -68,6 +71,24 @@ class LossFn(Protocol):
     """(params, batch, keys [B]) -> (mean loss [], metrics [] each); keys are one per example."""
 
     def __call__(self, params: Params, batch: Batch, keys: Key) -> tuple[Array, Metrics]: ...
+
+
+class AdaptiveLoss(NamedTuple):
+    """A loss with a memory of the examples that it has seen, such as importance sampling.
+
+    A training step calls `apply` with the memory as it was before the step, and `update` once,
+    with the observations of the whole global batch in the order of its examples.
+
+    Attributes:
+      init: () -> memory, a pytree of arrays.
+      apply: (params, batch, keys [B], memory) -> (mean loss [], metrics [] each, observations:
+        a pytree of arrays [B]).
+      update: (memory, observations) -> memory.
+    """
+
+    init: Callable[[], Any]
+    apply: Callable[[Params, Batch, Key, Any], tuple[Array, Metrics, Any]]
+    update: Callable[[Any, Any], Any]
 
 
 PathPredicate = Callable[[tuple[str, ...]], bool]

@@ -3,12 +3,11 @@
 import jax.numpy as jnp
 from flax import struct
 
-from diffusion_jax.core.arrays import per_image_normal
-from diffusion_jax.core.forward import posterior_mean, posterior_std, transition
-from diffusion_jax.core.types import Array, Key, NoiseLevel
+from diffusion_jax.core.arrays import per_example, per_image_normal
+from diffusion_jax.core.forward import posterior_mean, posterior_std
+from diffusion_jax.core.types import Array, Key, NoiseLevel, Prediction
+from diffusion_jax.core.variance import check_variance, reverse_log_variance
 from diffusion_jax.samplers.base import Denoise, SamplerState, StepInfo
-
-VARIANCES = ("small", "large", "interpolated", "learned_range")
 
 
 @struct.dataclass
@@ -18,16 +17,16 @@ class DDPM:
     x_s = mean of q(x_s | x_t, x̂0) + std z. With σ²_{t|s} the forward variance (β on the
     training chain) and β̃ the posterior variance, std² is β̃ ("small"), σ²_{t|s} ("large",
     the paper's best FID at T steps), or exp(v log σ²_{t|s} + (1 - v) log β̃) with v given
-    ("interpolated") or said by the network ("learned_range"). No noise is added in a step that
-    ends at sigma = 0.
+    ("interpolated") or said by the network ("learned_range"), or the network's own ("learned",
+    for the steps of training only). No noise is added in a step that ends at sigma = 0.
 
     Attributes:
-      variance: "small", "large", "interpolated" or "learned_range".
+      variance: "small", "large", "interpolated", "learned_range" or "learned".
       fraction: v in [0, 1], with "interpolated" only.
 
     Raises:
-      ValueError: if the variance is unknown, if `fraction` is missing or given in vain, or if
-        "learned_range" meets a denoiser that predicts no variance.
+      ValueError: if the variance is unknown, if `fraction` is missing or given in vain, or if a
+        learned variance meets a denoiser that predicts none.
 
     Source: Ho et al. 2020 (arXiv:2006.11239), algorithm 2 and section 3.2; learned range:
     Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 15; interpolated: Ho & Salimans 2022
@@ -38,8 +37,7 @@ class DDPM:
     fraction: float | None = None
 
     def __post_init__(self):
-        if self.variance not in VARIANCES:
-            raise ValueError(f"variance must be one of {VARIANCES}, got {self.variance!r}")
+        check_variance(self.variance)
         if (self.fraction is not None) != (self.variance == "interpolated"):
             raise ValueError(
                 "fraction belongs to the variance 'interpolated' and must be given there, got "
@@ -54,6 +52,24 @@ class DDPM:
     def init(self, x_T: Array) -> SamplerState:
         return SamplerState(x_T)
 
+    def moments(
+        self, prediction: Prediction, x: Array, level: NoiseLevel, next_level: NoiseLevel
+    ) -> tuple[Array, Array]:
+        """Mean and standard deviation of p(x_s | x_t), for x [B, ...].
+
+        Returns:
+          The mean [B, ...] and the std, which broadcasts to it. In the step that ends at
+          sigma = 0 the std is 0 with "small", what the network says with "learned" and else
+          σ_{t|s}, although `step` adds no noise there.
+        """
+        mean = posterior_mean(x, prediction.x0, level, next_level)
+        if self.variance == "small":
+            return mean, per_example(posterior_std(level, next_level), x)
+        log_variance = reverse_log_variance(
+            prediction, level, next_level, variance=self.variance, fraction=self.fraction
+        )
+        return mean, jnp.exp(0.5 * log_variance)
+
     def step(
         self,
         keys: Key,
@@ -64,27 +80,6 @@ class DDPM:
         info: StepInfo,
     ) -> SamplerState:
         del info
-        x0, var_frac = denoise(state.x, level)
-        mean = posterior_mean(state.x, x0, level, next_level)
-        std = self._std(var_frac, level, next_level)
+        mean, std = self.moments(denoise(state.x, level), state.x, level, next_level)
+        std = jnp.where(next_level.sigma == 0, 0.0, std)
         return SamplerState(mean + std * per_image_normal(keys, state.x))
-
-    def _std(self, var_frac: Array | None, level: NoiseLevel, next_level: NoiseLevel) -> Array:
-        _, large = transition(level, next_level)
-        small = posterior_std(level, next_level)
-        ends_clean = next_level.sigma == 0
-        if self.variance == "small":
-            return small
-        if self.variance == "large":
-            return jnp.where(ends_clean, 0.0, large)
-        if self.variance == "interpolated":
-            var_frac = self.fraction
-        if var_frac is None:
-            raise ValueError(
-                "variance 'learned_range' needs a denoiser that predicts var_frac; build it with "
-                "learned_variance=True or choose 'small' or 'large'"
-            )
-        # log 0 at the clean end would make NaN of 0 · inf; the step is noiseless there anyway.
-        log_small = jnp.log(jnp.where(ends_clean, large, small))
-        log_std = var_frac * jnp.log(large) + (1.0 - var_frac) * log_small
-        return jnp.where(ends_clean, 0.0, jnp.exp(log_std))

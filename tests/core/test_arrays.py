@@ -63,3 +63,9 @@ def test_as_arrays_gives_every_spelling_of_a_number_one_type():
     assert all(leaf.dtype == jnp.float32 and not leaf.weak_type for leaf in leaves)
     grid = as_arrays(trailing(Linear(), 3, max_steps=4))
     assert grid.stop.dtype == jnp.int32 and grid.levels.t.dtype == jnp.float32
+
+
+def test_as_arrays_leaves_masks_alone():
+    """A float mask would be no mask any more."""
+    mask = as_arrays({"token_mask": np.ones(2, bool)})["token_mask"]
+    assert mask.dtype == jnp.bool_

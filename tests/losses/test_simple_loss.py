@@ -12,8 +12,9 @@ from diffusion_jax.core.condition import Condition
 from diffusion_jax.core.denoiser import scaled_time
 from diffusion_jax.core.parameterization import PARAMETERIZATIONS
 from diffusion_jax.core.schedules import Cosine, CosineLogSNR
-from diffusion_jax.core.types import NoiseLevel
-from diffusion_jax.losses import simple, uniform
+from diffusion_jax.losses.base import averaged
+from diffusion_jax.losses.simple import Simple
+from diffusion_jax.losses.weights import Uniform
 
 SCHEDULE = Cosine(20)
 STD = 0.5
@@ -57,12 +58,18 @@ def silent(params, x, t, cond, *, keys=None):
     return jnp.zeros_like(x)
 
 
-def noisiest(level):
+def noisiest(level, parameterization):
     return (level.t == 19).astype(jnp.float32)
 
 
-def twice_uniform(level):
-    return 2.0 * uniform(level)
+def twice_uniform(level, parameterization):
+    return 2.0 * Uniform()(level, parameterization)
+
+
+def simple(network, schedule, parameterization, *, weight=Uniform(), **options):
+    """The average over times and examples of the loss of an example."""
+    loss = Simple(weight).per_example(network, schedule, parameterization, **options)
+    return averaged(loss, schedule)
 
 
 @functools.cache
@@ -161,6 +168,23 @@ def test_output_of_another_shape_is_refused():
         jax.eval_shape(loss, {}, jnp.zeros((3, 2)), Condition(), keys[:3])
 
 
-def test_uniform_weight():
-    level = NoiseLevel(jnp.zeros(3), jnp.full(3, 0.5), jnp.full(3, 0.5))
-    np.testing.assert_array_equal(uniform(level), [1, 1, 1])
+def test_per_example_is_the_weighted_loss_at_the_given_times_with_the_given_keys():
+    """A network that says nothing leaves each example the mean square of its own noise."""
+    chosen, seen = PARAMETERIZATIONS["eps"](), {}
+
+    def weight(level, parameterization):
+        seen.update(parameterization=parameterization)
+        return 1.0 + level.t
+
+    @jax.jit
+    def both(keys, t):
+        loss = Simple(weight).per_example(silent, SCHEDULE, chosen)
+        keys = jax.vmap(lambda key: jax.random.split(key))(keys)
+        eps = jax.vmap(lambda key: jax.random.normal(key, (4,)))(keys[:, 0])
+        return loss({}, jnp.zeros((3, 4)), t, Condition(), keys), jnp.mean(eps**2, axis=1)
+
+    t = np.float32([0.0, 7.0, 19.0])
+    (values, metrics), squares = both(data()[1][:3], t)
+    np.testing.assert_allclose(values, (1.0 + t) * squares, rtol=1e-6)
+    assert dict(metrics) == {} and Simple().learned_variance is None
+    assert seen["parameterization"] is chosen

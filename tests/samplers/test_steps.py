@@ -233,7 +233,7 @@ def test_samplers_refuse_bad_options():
         with pytest.raises(ValueError, match="eta"):
             DDIM(eta).validate()
     DDIM(1.0).validate()
-    with pytest.raises(ValueError, match="learned_variance=True"):
+    with pytest.raises(ValueError, match="learned_variance='range'"):
         DDPM("learned_range").step(
             KEYS, constant(jnp.zeros(())), DDPM().init(jnp.ones((4, 2))), level_at(5), CLEAN, INFO
         )
