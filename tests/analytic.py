@@ -59,6 +59,13 @@ class Mixture:
         top = log_joint.max(-1)
         return top + xp.log(xp.exp(log_joint - top[:, None]).sum(-1))
 
+    def log_class(self, x, level, labels):
+        """log p(k_b | x_t) of each example's own class k_b, [B], by Bayes' rule."""
+        xp = _numpy_like(x)
+        log_joint, _, _ = self._log_joint(x, level)
+        wanted = xp.take_along_axis(log_joint, xp.asarray(labels)[:, None], axis=1)[:, 0]
+        return wanted - self.log_density(x, level)
+
     def x0(self, x, level, allowed=None):
         """E[x0 | x_t], [B, D], given that the class is one of those `allowed` [B, K] (0 or 1)."""
         xp = _numpy_like(x)

@@ -5,6 +5,7 @@ from diffusion_jax.samplers.ddim import DDIM
 from diffusion_jax.samplers.ddpm import DDPM
 from diffusion_jax.samplers.dpm_solver import DPMSolverMultistep
 from diffusion_jax.samplers.karras import Euler, Heun
+from diffusion_jax.samplers.mean_shift import MeanShift
 
 SAMPLERS = {
     "ddpm": DDPM,
@@ -21,6 +22,7 @@ __all__ = [
     "DPMSolverMultistep",
     "Euler",
     "Heun",
+    "MeanShift",
     "Sampler",
     "SamplerState",
     "StepInfo",
