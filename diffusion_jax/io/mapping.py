@@ -15,6 +15,23 @@ class MappingError(ValueError):
     """Tensors and parameters do not fit; the message lists everything that is wrong."""
 
 
+class Share(NamedTuple):
+    """The share that a row takes of tensors which several rows lie in.
+
+    The file's first axis is read as [groups, count, rest]; the row takes `index` of the second
+    axis, and the other rows of that source the others.
+
+    Attributes:
+      index: 0 … count - 1.
+      count: number of rows that share the tensors.
+      groups: how often their turns come; 1 where each row's share is one piece.
+    """
+
+    index: int
+    count: int
+    groups: int = 1
+
+
 class Row(NamedTuple):
     """One line of a table: a module of the file, a module of the tree, how its leaves relate.
 
@@ -24,11 +41,13 @@ class Row(NamedTuple):
       source: dotted name in the file, "down_blocks.{i}.resnets.{j}.conv1".
       target: path in the tree, "down_{i}/res_{j}/conv_1".
       kind: a key of `KINDS`.
+      share: which part of the source's tensors; None where they are this row's alone.
     """
 
     source: str
     target: str
     kind: str
+    share: Share | None = None
 
 
 class Leaf(NamedTuple):
@@ -67,6 +86,16 @@ def _linear_to_pointwise(tensor: np.ndarray) -> np.ndarray:
     return tensor.T[:, :, None, None]
 
 
+def _width1_to_linear(tensor: np.ndarray) -> np.ndarray:
+    if tensor.shape[2:] != (1,):
+        raise ValueError(f"a convolution of width 1 must have shape (O, I, 1), got {tensor.shape}")
+    return tensor[:, :, 0].T
+
+
+def _linear_to_width1(tensor: np.ndarray) -> np.ndarray:
+    return tensor.T[:, :, None]
+
+
 _BIAS = Leaf("bias", "bias", _same, _same, 1)
 
 KINDS: Mapping[str, tuple[Leaf, ...]] = {
@@ -76,9 +105,14 @@ KINDS: Mapping[str, tuple[Leaf, ...]] = {
         Leaf("weight", "kernel", _pointwise_to_linear, _linear_to_pointwise, 4),
         _BIAS,
     ),
+    "conv1d_as_linear": (
+        Leaf("weight", "kernel", _width1_to_linear, _linear_to_width1, 3),
+        _BIAS,
+    ),
     "norm": (Leaf("weight", "scale", _same, _same, 1), _BIAS),
     "embed": (Leaf("weight", "embedding", _same, _same, 2),),
     "param": (Leaf("", "", _same, _same),),
+    "transposed": (Leaf("", "", _transpose, _transpose, 2),),
 }
 
 
@@ -90,13 +124,24 @@ def prefixed(rows: Sequence[Row], *, source: str = "", target: str = "") -> tupl
       source: what precedes the dotted names, with its final dot: "model.diffusion_model.".
       target: what precedes the paths, with its final slash: "unet/".
     """
-    return tuple(Row(source + row.source, target + row.target, row.kind) for row in rows)
+    return tuple(
+        row._replace(source=source + row.source, target=target + row.target) for row in rows
+    )
 
 
 class _Rule(NamedTuple):
     pattern: re.Pattern
     source: str
     leaf: Leaf
+    share: Share | None
+
+
+class _Place(NamedTuple):
+    """Where a parameter lies in the file."""
+
+    name: str
+    leaf: Leaf
+    share: Share | None
 
 
 def _pattern(target: str) -> re.Pattern:
@@ -117,16 +162,18 @@ def _rules(rows: Sequence[Row]) -> list[_Rule]:
     for row in rows:
         if row.kind not in KINDS:
             raise ValueError(f"kind must be one of {sorted(KINDS)}, got {row.kind!r} in {row}")
+        if row.share and not (0 <= row.share.index < row.share.count and row.share.groups > 0):
+            raise ValueError(f"a share must have 0 <= index < count and groups >= 1, got {row}")
         for leaf in KINDS[row.kind]:
             target = f"{row.target}/{leaf.target}" if leaf.target else row.target
             source = f"{row.source}.{leaf.source}" if leaf.source else row.source
-            rules.append(_Rule(_pattern(target), source, leaf))
+            rules.append(_Rule(_pattern(target), source, leaf, row.share))
     return rules
 
 
-def _plan(paths: Sequence[str], rows: Sequence[Row]) -> tuple[dict[str, tuple[str, Leaf]], list]:
-    """(path -> (tensor name, leaf), problems): which tensor belongs to which parameter."""
-    rules, plan, problems, taken = _rules(rows), {}, [], {}
+def _plan(paths: Sequence[str], rows: Sequence[Row]) -> tuple[dict[str, _Place], list[str]]:
+    """(path -> place, problems): which tensor belongs to which parameter."""
+    rules, plan, problems = _rules(rows), {}, []
     for path in paths:
         hits = [(rule, match) for rule in rules if (match := rule.pattern.fullmatch(path))]
         if len(hits) != 1:
@@ -134,23 +181,70 @@ def _plan(paths: Sequence[str], rows: Sequence[Row]) -> tuple[dict[str, tuple[st
             problems.append(f"parameter {path}: {found} of the table for it")
             continue
         rule, match = hits[0]
-        name = rule.source.format(**match.groupdict())
-        if name in taken:
-            problems.append(f"tensor {name}: wanted by {taken[name]} and {path}")
-        taken[name] = path
-        plan[path] = (name, rule.leaf)
-    return plan, problems
+        plan[path] = _Place(rule.source.format(**match.groupdict()), rule.leaf, rule.share)
+    return plan, problems + _sharing_problems(plan)
+
+
+def _by_tensor(plan: Mapping[str, _Place]) -> dict[str, list[str]]:
+    """Tensor name -> the paths of its parameters, in the order of their shares."""
+    tensors: dict[str, list[str]] = {}
+    for path, place in plan.items():
+        tensors.setdefault(place.name, []).append(path)
+    order = {path: place.share.index if place.share else 0 for path, place in plan.items()}
+    return {name: sorted(paths, key=order.__getitem__) for name, paths in tensors.items()}
+
+
+def _sharing_problems(plan: Mapping[str, _Place]) -> list[str]:
+    """Tensors that are wanted twice, or of which a share belongs to nobody."""
+    problems = []
+    for name, paths in _by_tensor(plan).items():
+        shares = [plan[path].share for path in paths]
+        first = shares[0]
+        if shares == ([first._replace(index=i) for i in range(first.count)] if first else [None]):
+            continue
+        wanted = " and ".join(
+            f"{path} ({share.index} of {share.count}, {share.groups} groups)" if share else path
+            for path, share in zip(paths, shares, strict=True)
+        )
+        problems.append(f"tensor {name}: wanted by {wanted}, which do not share it out")
+    return problems
+
+
+def _take(tensor: np.ndarray, share: Share | None) -> np.ndarray:
+    """A row's share of a tensor."""
+    if share is None:
+        return tensor
+    parts = share.count * share.groups
+    if tensor.ndim == 0 or tensor.shape[0] % parts:
+        raise ValueError(f"has shape {tensor.shape}, whose first axis has to fall into {parts}")
+    rest = tensor.shape[1:]
+    grouped = tensor.reshape(share.groups, share.count, tensor.shape[0] // parts, *rest)
+    return grouped[:, share.index].reshape(-1, *rest)
+
+
+def _join(shares: Sequence[np.ndarray], groups: int) -> np.ndarray:
+    """The tensor of which these are all the shares, in order; raises ValueError if none is."""
+    first = shares[0]
+    if any((share.shape, share.dtype) != (first.shape, first.dtype) for share in shares):
+        kinds = ", ".join(f"{share.dtype} {share.shape}" for share in shares)
+        raise ValueError(f"its shares differ in shape or dtype: {kinds}")
+    if first.ndim == 0 or first.shape[0] % groups:
+        raise ValueError(f"its shares have shape {first.shape}, which has no {groups} groups")
+    rest = first.shape[1:]
+    parts = [share.reshape(groups, first.shape[0] // groups, *rest) for share in shares]
+    return np.stack(parts, axis=1).reshape(-1, *rest)
 
 
 def _flat(params: Params) -> dict[str, Any]:
     return {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
 
 
-def _load(tensor: np.ndarray, leaf: Leaf, expected: Any) -> np.ndarray:
+def _load(tensor: np.ndarray, place: _Place, expected: Any) -> np.ndarray:
     """One tensor in our layout, C-contiguous; raises ValueError if it does not fit."""
+    _, leaf, share = place
     if leaf.rank is not None and tensor.ndim != leaf.rank:
         raise ValueError(f"has shape {tensor.shape}, expected {leaf.rank} dimensions")
-    value = leaf.load(tensor)
+    value = leaf.load(_take(tensor, share))
     if value.shape != tuple(expected.shape):
         raise ValueError(
             f"has shape {tensor.shape}, which becomes {value.shape}, expected "
@@ -191,15 +285,15 @@ def convert(
     wanted = _flat(expected)
     plan, problems = _plan(list(wanted), rows)
     loaded = {}
-    for path, (name, leaf) in plan.items():
-        if name not in tensors:
-            problems.append(f"missing: {name} (for {path})")
+    for path, place in plan.items():
+        if place.name not in tensors:
+            problems.append(f"missing: {place.name} (for {path})")
             continue
         try:
-            loaded[path] = _load(np.asarray(tensors[name]), leaf, wanted[path])
+            loaded[path] = _load(np.asarray(tensors[place.name]), place, wanted[path])
         except ValueError as error:
-            problems.append(f"{name} (for {path}): {error}")
-    used = {name for name, _ in plan.values()}
+            problems.append(f"{place.name} (for {path}): {error}")
+    used = {place.name for place in plan.values()}
     for name in sorted(set(tensors) - used):
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore):
             problems.append(f"unexpected: {name} {tuple(np.shape(tensors[name]))}")
@@ -219,17 +313,23 @@ def export(params: Params, rows: Sequence[Row]) -> dict[str, np.ndarray]:
       name -> C-contiguous tensor in the file's layout.
 
     Raises:
-      MappingError: if a parameter has no row or two rows, or two share a tensor.
+      MappingError: if a parameter has no row or two rows, if two want the same tensor, or if
+        the shares of a tensor are not all there or do not fit each other.
     """
     flat = _flat(params)
     plan, problems = _plan(list(flat), rows)
+    tensors = {}
+    for name, paths in _by_tensor(plan).items():
+        saved = [plan[path].leaf.save(np.asarray(flat[path])) for path in paths]
+        share = plan[paths[0]].share
+        try:
+            # safetensors writes the buffer of a transposed view as it lies, that is wrongly.
+            tensors[name] = np.asarray(_join(saved, share.groups) if share else saved[0], order="C")
+        except ValueError as error:
+            problems.append(f"tensor {name}: {error}")
     if problems:
         raise MappingError(_message("the table does not cover the parameters", problems))
-    # safetensors writes the buffer of a transposed view as it lies, that is wrongly.
-    return {
-        name: np.asarray(leaf.save(np.asarray(flat[path])), order="C")
-        for path, (name, leaf) in plan.items()
-    }
+    return tensors
 
 
 def _message(title: str, problems: Sequence[str]) -> str:

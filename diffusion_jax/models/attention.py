@@ -143,6 +143,7 @@ class Attention(nn.Module):
     Attributes:
       num_heads: must divide the width of the tokens.
       out_init: initializer of the output projection.
+      out_features: width of the result; None for that of the tokens.
       dtype: dtype of activations.
       param_dtype: dtype of the parameters.
 
@@ -151,6 +152,7 @@ class Attention(nn.Module):
 
     num_heads: int
     out_init: nn.initializers.Initializer = default_init
+    out_features: int | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -166,7 +168,7 @@ class Attention(nn.Module):
           mask: bool, broadcastable to [B, H, N, M]; True where x may attend.
 
         Returns:
-          [B, N, C].
+          [B, N, out_features].
 
         Raises:
           ValueError: if C is no multiple of `num_heads`.
@@ -186,7 +188,8 @@ class Attention(nn.Module):
 
         q, k, v = heads("query", x), heads("key", context), heads("value", context)
         h = dot_product_attention(q, k, v, mask=mask).reshape(x.shape)
-        return nn.Dense(width, kernel_init=self.out_init, name="out", **options)(h)
+        features = self.out_features or width
+        return nn.Dense(features, kernel_init=self.out_init, name="out", **options)(h)
 
 
 class AttentionBlock(nn.Module):
@@ -220,3 +223,42 @@ class AttentionBlock(nn.Module):
         h = h.reshape(batch, height * width, channels)
         h = Attention(self.num_heads, zeros_init, name="attention", **options)(h)
         return x + h.reshape(x.shape)
+
+
+class AttentionPool(nn.Module):
+    """One vector of an image: the mean pixel asks all pixels and itself.
+
+    The learned positions fix the size of the image. The projection of queries, keys and values
+    is followed by one to the width of the result; there is no residual.
+
+    Attributes:
+      num_heads: must divide the number of channels.
+      features: width of the result.
+      dtype: dtype of activations.
+      param_dtype: dtype of the parameters.
+
+    Source: Radford et al. 2021 (arXiv:2103.00020), section 2.4; Dhariwal & Nichol 2021
+    (arXiv:2105.05233), section 4.1, for a classifier.
+    """
+
+    num_heads: int
+    features: int
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x: [B, H, W, C] -> [B, features]."""
+        batch, height, width, channels = x.shape
+        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        tokens = x.reshape(batch, height * width, channels).astype(self.dtype)
+        tokens = jnp.concatenate([tokens.mean(1, keepdims=True), tokens], axis=1)
+        init = nn.initializers.normal(channels**-0.5)
+        shape = (height * width + 1, channels)
+        position = self.param("position", init, shape, self.param_dtype)
+        tokens = tokens + position.astype(self.dtype)[None]
+        # The other queries would be discarded afterwards, so they are never made.
+        attention = Attention(
+            self.num_heads, out_features=self.features, name="attention", **options
+        )
+        return attention(tokens[:, :1], tokens)[:, 0]

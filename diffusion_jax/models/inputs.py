@@ -24,6 +24,23 @@ def check_inputs(
       embed_dim: width of the network's time embedding.
       needs_vector: whether `cond.vector` must be there.
     """
+    check_batch(x, t, keys)
+    unread = sorted(set(cond.slots()) - set(READS))
+    if unread:
+        raise ValueError(
+            f"this network reads the slots {list(READS)} of a condition, got {unread} as well; "
+            "use a network with attention to them, or a conditioner that does not fill them"
+        )
+    _check_vector(cond, (x.shape[0], embed_dim), needs_vector)
+    if cond.image is not None and cond.image.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"cond.image must agree with x in all but the channels, x has shape {x.shape}, "
+            f"cond.image {cond.image.shape}; resize it in the conditioner"
+        )
+
+
+def check_batch(x: Array, t: Array, keys: Key | None) -> None:
+    """Raises ValueError unless x [B, ..., C], t [B] and keys [B] are of one batch."""
     batch = x.shape[0] if x.ndim else 0
     if x.ndim < 2:
         raise ValueError(f"x must have shape [B, ..., C], got {x.shape}")
@@ -31,17 +48,14 @@ def check_inputs(
         raise ValueError(f"t must hold one time per example, shape ({batch},), got {jnp.shape(t)}")
     if keys is not None and keys.shape[:1] != (batch,):
         raise ValueError(f"keys must hold one key per example, {batch}, got shape {keys.shape}")
-    unread = sorted(set(cond.slots()) - set(READS))
-    if unread:
+
+
+def check_no_condition(cond: Condition) -> None:
+    """Raises ValueError if a classifier of noisy data is told more than x and t."""
+    if cond.slots():
         raise ValueError(
-            f"this network reads the slots {list(READS)} of a condition, got {unread} as well; "
-            "use a network with attention to them, or a conditioner that does not fill them"
-        )
-    _check_vector(cond, (batch, embed_dim), needs_vector)
-    if cond.image is not None and cond.image.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"cond.image must agree with x in all but the channels, x has shape {x.shape}, "
-            f"cond.image {cond.image.shape}; resize it in the conditioner"
+            "a classifier of noisy data reads x and t alone, since a condition would tell it the "
+            f"answer; got a condition that fills {list(cond.slots())}, give it Condition()"
         )
 
 

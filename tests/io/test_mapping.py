@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax.io.mapping import KINDS, MappingError, Row, convert, export, prefixed
+from diffusion_jax.io.mapping import KINDS, MappingError, Row, Share, convert, export, prefixed
 from diffusion_jax.io.tables.unet import (
     UnsupportedOption,
     has_old_attention_names,
@@ -20,6 +20,8 @@ ROWS = (
     Row("norm", "norm", "norm"),
     Row("token", "token", "embed"),
     Row("alpha", "gate/alpha", "param"),
+    Row("narrow", "narrow", "conv1d_as_linear"),
+    Row("place", "place", "transposed"),
 )
 
 
@@ -39,6 +41,8 @@ def file():
         "norm.bias": normal(6),
         "token.weight": normal(7, 2),
         "alpha": normal(),
+        "narrow.weight": normal(5, 3, 1),
+        "place": normal(4, 7),
     }
 
 
@@ -51,6 +55,8 @@ def tree():
         "norm": {"scale": normal(6), "bias": normal(6)},
         "token": {"embedding": normal(7, 2)},
         "gate": {"alpha": normal()},
+        "narrow": {"kernel": normal(3, 5)},
+        "place": normal(7, 4),
     }
 
 
@@ -80,6 +86,8 @@ def test_layouts_are_the_ones_that_the_kinds_name():
     np.testing.assert_array_equal(params["norm"]["scale"], tensors["norm.weight"])
     np.testing.assert_array_equal(params["token"]["embedding"], tensors["token.weight"])
     np.testing.assert_array_equal(params["gate"]["alpha"], tensors["alpha"])
+    np.testing.assert_array_equal(params["narrow"]["kernel"], tensors["narrow.weight"][:, :, 0].T)
+    assert params["place"][6, 3] == tensors["place"][3, 6]
 
 
 def test_this_table_uses_every_kind():
@@ -110,17 +118,19 @@ def test_one_error_lists_everything_that_is_wrong():
     tensors["norm.weight"] = normal(5)
     tensors["point.weight"] = normal(4, 3, 3, 3)
     tensors["token.weight"] = normal(7)
+    tensors["narrow.weight"] = normal(5, 3, 2)
     tensors["block.2.conv1.weight"] = normal(2, 3, 1, 1).astype(np.float64)
     with pytest.raises(MappingError) as error:
         convert(tensors, ROWS, tree())
     message = str(error.value)
     for part in (
-        "7 problem(s)",
+        "8 problem(s)",
         "missing: proj.bias (for proj/bias)",
         "missing: alpha (for gate/alpha)",
         "unexpected: stranger.weight (2,)",
         "norm.weight (for norm/scale): has shape (5,), which becomes (5,), expected (6,)",
         "point.weight (for point/kernel): a 1x1 convolution must have shape (O, I, 1, 1)",
+        "narrow.weight (for narrow/kernel): a convolution of width 1 must have shape (O, I, 1)",
         "token.weight (for token/embedding): has shape (7,), expected 2 dimensions",
         "block.2.conv1.weight (for block_2/conv_1/kernel): has dtype float64",
     ):
@@ -179,6 +189,66 @@ def test_the_same_letter_is_the_same_number():
 def test_a_table_can_lie_deeper():
     rows = prefixed(ROWS[1:2], source="model.", target="unet/")
     assert set(export({"unet": {"proj": {"kernel": normal(3, 4)}}}, rows)) == {"model.proj.weight"}
+
+
+def shared(groups, count=3):
+    return tuple(
+        Row("qkv", f"attention/{name}", "linear", Share(i, count, groups))
+        for i, name in enumerate("qkv")
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_rows_share_a_tensor_in_turns(groups):
+    """qkv has 12 rows of 5: with two groups they are q q k k v v q q k k v v."""
+    tensors = {"qkv.weight": normal(12, 5), "qkv.bias": np.arange(12, dtype=np.float32)}
+    expected = {"kernel": np.zeros((5, 4), np.float32), "bias": np.zeros(4, np.float32)}
+    expected = {"attention": dict.fromkeys("qkv", expected)}
+    params = convert(tensors, shared(groups), expected)["attention"]
+    turns = {1: [0, 1, 2, 3], 2: [0, 1, 6, 7]}[groups]
+    step = {1: 4, 2: 2}[groups]
+    for i, name in enumerate("qkv"):
+        mine = np.asarray(turns) + i * step
+        np.testing.assert_array_equal(params[name]["bias"], mine)
+        np.testing.assert_array_equal(params[name]["kernel"], tensors["qkv.weight"][mine].T)
+    assert_equal(export({"attention": params}, shared(groups)), tensors)
+
+
+def share_tree(**leaves):
+    return {"attention": {name: {"bias": leaf} for name, leaf in leaves.items()}}
+
+
+@pytest.mark.parametrize(
+    "rows, names",
+    [
+        (shared(1), "qk"),
+        (shared(1, count=4), "qkv"),
+        ((*shared(1)[:2], shared(2)[2]), "qkv"),
+        ((*shared(1)[:2], shared(1)[1]._replace(target="attention/v")), "qkv"),
+        ((*shared(1)[:2], shared(1)[2]._replace(share=None)), "qkv"),
+    ],
+    ids=["one is missing", "a fourth is missing", "groups differ", "one twice", "one wants all"],
+)
+def test_a_tensor_that_is_not_shared_out_is_refused_in_both_directions(rows, names):
+    params = share_tree(**{name: normal(4) for name in names})
+    with pytest.raises(MappingError, match="tensor qkv.bias: wanted by .* do not share it out"):
+        export(params, rows)
+    with pytest.raises(MappingError, match="tensor qkv.bias: wanted by .* do not share it out"):
+        convert({"qkv.bias": normal(12)}, rows, params)
+
+
+def test_shares_must_fit_the_tensor_and_each_other():
+    params = share_tree(q=normal(4), k=normal(4), v=normal(4))
+    with pytest.raises(
+        MappingError, match=r"has shape \(13,\), whose first axis has to fall into 6"
+    ):
+        convert({"qkv.bias": normal(13)}, shared(2), params)
+    with pytest.raises(MappingError, match="its shares differ in shape or dtype"):
+        export(share_tree(q=normal(4), k=normal(4), v=normal(2)), shared(1))
+    with pytest.raises(MappingError, match=r"shares have shape \(4,\), which has no 3 groups"):
+        export(params, shared(3))
+    with pytest.raises(ValueError, match="0 <= index < count"):
+        export(params, [Row("qkv", "attention/q", "linear", Share(3, 3))])
 
 
 SMALL = {

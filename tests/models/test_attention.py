@@ -144,3 +144,9 @@ def test_every_pixel_sees_every_other():
     apply = jax.jit(block.apply)
     change = np.abs(apply(variables, moved) - apply(variables, x)).max(-1)
     assert (change > 1e-4).all()
+
+
+def test_attention_may_leave_with_another_width():
+    x = normal(0, 2, 3, 8)
+    attention = Attention(2, out_features=5)
+    assert jax.eval_shape(attention.init_with_output, jax.random.key(0), x)[0].shape == (2, 3, 5)

@@ -164,3 +164,29 @@ def test_residual_block_is_its_formula(scale_shift):
     expected = dense("shortcut", h) + dense("conv_2", silu(second))
     ours = jax.jit(block.apply)({"params": p}, x, emb)
     np.testing.assert_allclose(ours[:, 0, 0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("resample, change", [("down", average_pool), ("up", nearest_upsample)])
+def test_resolution_changes_between_the_first_silu_and_the_first_convolution(resample, change):
+    """Kernels with a centre alone are matrices, whatever the size of the image."""
+    x, emb = normal(0, 2, 2, 4, 4), normal(1, 2, 6)
+    block = ResBlock(2, norm_groups=2, scale_shift=True, resample=resample)
+    p = random_params(block, x, emb)
+    for name in ("conv_1", "conv_2"):
+        centre = np.zeros_like(p[name]["kernel"])
+        centre[1, 1] = p[name]["kernel"][1, 1]
+        p[name]["kernel"] = centre
+
+    def dense(name, h):
+        kernel = p[name]["kernel"]
+        kernel = kernel[kernel.shape[0] // 2, kernel.shape[1] // 2] if kernel.ndim == 4 else kernel
+        return h @ kernel.astype(np.float64) + p[name]["bias"]
+
+    h = silu(group_norm(x, 2, p["norm_1"]["scale"], p["norm_1"]["bias"], 1e-5))
+    h = dense("conv_1", np.asarray(change(h.astype(np.float32)), np.float64))
+    time = dense("time", silu(emb.astype(np.float64)))[:, None, None]
+    h = group_norm(h, 2, p["norm_2"]["scale"], p["norm_2"]["bias"], 1e-5)
+    h = dense("conv_2", silu(h * (1 + time[..., :2]) + time[..., 2:]))
+    expected = dense("shortcut", np.asarray(change(x), np.float64)) + h
+    ours = jax.jit(block.apply)({"params": p}, x, emb)
+    np.testing.assert_allclose(ours, expected, atol=2e-4)

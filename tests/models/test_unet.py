@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from diffusion_jax.core.condition import Condition
-from diffusion_jax.models import LevelConfig, UNetConfig
+from diffusion_jax.models import Fourier, LevelConfig, UNetConfig
+from diffusion_jax.models.encoder import DownLevel
+from diffusion_jax.models.unet import UpLevel
+from tests.models.trees import random_params
 
 
 def shapes(config, *, size=32, channels=3):
@@ -23,24 +26,6 @@ def count(params):
 def test_the_default_is_the_cifar10_network_of_ddpm():
     """Ho et al. 2020, appendix B: 35.7 million parameters."""
     assert round(count(shapes(UNetConfig())) / 1e6, 1) == 35.7
-
-
-def test_adm_for_imagenet_64_has_its_published_size():
-    """Dhariwal & Nichol 2021, table 4 and appendix I: 296 million, label embedding included."""
-    config = UNetConfig(
-        levels=(
-            LevelConfig(192, num_blocks=3),
-            LevelConfig(384, num_blocks=3, attention=True),
-            LevelConfig(576, num_blocks=3, attention=True),
-            LevelConfig(768, num_blocks=3, attention=True),
-        ),
-        out_channels=6,
-        scale_shift=True,
-        resample="block",
-        head_dim=64,
-    )
-    label_embedding = 1000 * config.embed_dim
-    assert round((count(shapes(config, size=64)) + label_embedding) / 1e6) == 296
 
 
 def test_names_and_skips_of_the_tree():
@@ -92,7 +77,16 @@ def levels(*widths, attention=False):
         (lambda: UNetConfig(levels=levels(48)), "norm_groups = 32, got channels = 48"),
         (lambda: UNetConfig(out_channels=0), "out_channels"),
         (lambda: UNetConfig(dropout=1.5), "got 1.5"),
-        (lambda: UNetConfig(resample="pool"), "got 'pool'"),
+        (lambda: UNetConfig(resample="stride"), "got 'stride'"),
+        (
+            lambda: UNetConfig(resample="pool", downsample_padding="asymmetric"),
+            "belongs to resample='conv', got resample='pool'",
+        ),
+        (lambda: UNetConfig(time_embed_dim=0), "time_embed_dim must be at least 1, got 0"),
+        (lambda: UNetConfig(num_heads=0), "num_heads must be at least 1, got 0"),
+        (lambda: UNetConfig(time_channels=8, time_features=Fourier()), "time_channels belongs to"),
+        (lambda: UNetConfig(num_heads_up=3), "num_heads = 3"),
+        (lambda: UNetConfig(num_heads_up=2, head_dim=64), "num_heads or head_dim"),
         (lambda: UNetConfig(downsample_padding="same"), "got 'same'"),
         (
             lambda: UNetConfig(resample="block", downsample_padding="asymmetric"),
@@ -119,3 +113,44 @@ def test_heads_follow_the_width_or_stay():
     assert UNetConfig().heads(256) == 1
     assert UNetConfig(num_heads=4).heads(256) == 4
     assert UNetConfig(head_dim=64).heads(256) == 4
+    assert UNetConfig(head_dim=64).heads_up(256) == 4
+    assert UNetConfig(num_heads=4).heads_up(256) == 4
+    both = UNetConfig(num_heads=4, num_heads_up=2)
+    assert (both.heads(256), both.heads_up(256)) == (4, 2)
+
+
+def test_the_way_up_has_its_own_heads():
+    """Two heads by either field give the same level; the way down does not read the second."""
+    level = LevelConfig(4, attention=True)
+    x = np.random.default_rng(0).normal(size=(1, 2, 2, 4)).astype(np.float32)
+
+    def up(**heads):
+        module = UpLevel(UNetConfig(levels=(level,), norm_groups=2, **heads), level, last=True)
+        arguments = (x, [x], x[:, 0, 0])
+        params = {"params": random_params(module, *arguments, keys=None)}
+        return np.asarray(jax.jit(module.apply)(params, *arguments, keys=None))
+
+    two = up(num_heads_up=2)
+    np.testing.assert_allclose(up(num_heads=2), two, atol=1e-5)
+    assert np.abs(up(num_heads=2, num_heads_up=1) - two).max() > 1e-3
+    config = UNetConfig(levels=(level,), norm_groups=2, num_heads=4, num_heads_up=2)
+    assert (DownLevel(config, level).num_heads(), UpLevel(config, level).num_heads()) == (4, 2)
+
+
+def test_pooling_has_no_parameters_and_keeps_the_skips():
+    config = UNetConfig(
+        levels=(LevelConfig(4, num_blocks=1), LevelConfig(8, num_blocks=1)),
+        norm_groups=2,
+        resample="pool",
+    )
+    params = shapes(config, size=4)
+    assert set(params["down_0"]) == {"res_0"}
+    assert set(params["up_0"]) == {"res_0", "res_1"}
+    # The pooled level is a skip as a convolution's result would be.
+    assert params["up_0"]["res_1"]["norm_1"]["scale"].shape == (8 + 4,)
+
+
+def test_time_features_may_be_wider_than_the_first_level():
+    config = UNetConfig(levels=levels(4), norm_groups=2, time_channels=6)
+    kernel = shapes(config, size=4)["time_embed"]["dense_1"]["kernel"]
+    assert kernel.shape == (6, 16)

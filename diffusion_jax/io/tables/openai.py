@@ -1,0 +1,329 @@
+"""OpenAI's guided-diffusion: its constructors' arguments and its names as those of our networks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from diffusion_jax.io.mapping import Row, Share, prefixed
+from diffusion_jax.io.tables.unet import UnsupportedOption
+
+
+class ADMUNet(NamedTuple):
+    """What the arguments of UNetModel or SuperResModel mean here.
+
+    Attributes:
+      unet: fields of our UNetConfig as plain values; `levels` holds the fields of its
+        LevelConfigs, `time_features` those of a Sinusoidal.
+      in_channels: channels of x and of cond.image together.
+      image_channels: channels of cond.image, the low-resolution image resized bilinearly
+        (half-pixel centres, no antialiasing) to the size of x; 0 without one.
+      num_classes: rows of the class embedding table, None without one. cond.vector of a
+        class-conditional model is that table's row of the label.
+      dtype: name of the dtype of the activations.
+    """
+
+    unet: dict[str, Any]
+    in_channels: int
+    image_channels: int
+    num_classes: int | None
+    dtype: str
+
+
+class ADMClassifier(NamedTuple):
+    """What the arguments of EncoderUNetModel mean here.
+
+    Attributes:
+      classifier: fields of our ClassifierConfig as plain values, as in `ADMUNet.unet`.
+      in_channels: channels of x.
+      image_size: height and width of x; the attention pool takes no other.
+      dtype: name of the dtype of the activations.
+    """
+
+    classifier: dict[str, Any]
+    in_channels: int
+    image_size: int
+    dtype: str
+
+
+REQUIRED = (
+    "image_size",
+    "in_channels",
+    "model_channels",
+    "out_channels",
+    "num_res_blocks",
+    "attention_resolutions",
+)
+DEFAULTS: Mapping[str, Any] = {
+    "dropout": 0,
+    "channel_mult": (1, 2, 4, 8),
+    "conv_resample": True,
+    "dims": 2,
+    "use_checkpoint": False,
+    "use_fp16": False,
+    "num_heads": 1,
+    "num_head_channels": -1,
+    "num_heads_upsample": -1,
+    "use_scale_shift_norm": False,
+    "resblock_updown": False,
+    "use_new_attention_order": False,
+}
+UNET_DEFAULTS = {**DEFAULTS, "num_classes": None}
+CLASSIFIER_DEFAULTS = {**DEFAULTS, "pool": "adaptive"}
+POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
+
+
+def _complete(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(config) - set(REQUIRED) - set(defaults))
+    missing = [option for option in REQUIRED if option not in config]
+    if unknown or missing:
+        raise UnsupportedOption(f"unknown options of the network: {unknown}; missing: {missing}")
+    full = {**defaults, **config}
+    if full["dims"] != 2:
+        raise UnsupportedOption(
+            f"dims must be 2, since our networks are for images, got {full['dims']}"
+        )
+    if not isinstance(full["num_res_blocks"], int):
+        raise UnsupportedOption(
+            f"num_res_blocks must be one number for all levels, got {full['num_res_blocks']!r}"
+        )
+    return full
+
+
+def _resample(full: Mapping[str, Any]) -> str:
+    if full["resblock_updown"]:
+        return "block"
+    return "conv" if full["conv_resample"] else "pool"
+
+
+def _levels(full: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Fields of our LevelConfigs; attention_resolutions are factors of downsampling here."""
+    return tuple(
+        {
+            "channels": int(mult * full["model_channels"]),
+            "num_blocks": full["num_res_blocks"],
+            "attention": 2**i in full["attention_resolutions"],
+        }
+        for i, mult in enumerate(full["channel_mult"])
+    )
+
+
+def _encoder(full: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of our EncoderConfig."""
+    by_width = full["num_head_channels"] != -1
+    return {
+        "levels": _levels(full),
+        "time_embed_dim": 4 * full["model_channels"],
+        "time_channels": full["model_channels"],
+        "time_features": {"cos_first": True, "freq_shift": 0},
+        "norm_groups": 32,
+        "norm_eps": 1e-5,
+        "dropout": float(full["dropout"]),
+        "scale_shift": full["use_scale_shift_norm"],
+        "resample": _resample(full),
+        "num_heads": None if by_width else full["num_heads"],
+        "head_dim": full["num_head_channels"] if by_width else None,
+        "remat": full["use_checkpoint"],
+    }
+
+
+def _dtype(full: Mapping[str, Any]) -> str:
+    return "float16" if full["use_fp16"] else "float32"
+
+
+def adm_unet_config(config: Mapping[str, Any], *, super_resolution: bool = False) -> ADMUNet:
+    """Translates the arguments of a UNetModel's constructor.
+
+    Args:
+      config: the arguments by name; missing ones have the constructor's defaults.
+      super_resolution: they are those of a SuperResModel, which reads a low-resolution image
+        of in_channels channels as well.
+
+    Returns:
+      The same network in our terms.
+
+    Raises:
+      UnsupportedOption: naming what is unknown, missing or not for images.
+    """
+    full = _complete(config, UNET_DEFAULTS)
+    upsample = full["num_heads_upsample"]
+    # With heads of a given width their numbers are not read.
+    ignored = full["num_head_channels"] != -1 or upsample in (-1, full["num_heads"])
+    unet = {
+        **_encoder(full),
+        "out_channels": full["out_channels"],
+        "num_heads_up": None if ignored else upsample,
+        "needs_vector": full["num_classes"] is not None,
+    }
+    image_channels = full["in_channels"] if super_resolution else 0
+    in_channels = full["in_channels"] + image_channels
+    return ADMUNet(unet, in_channels, image_channels, full["num_classes"], _dtype(full))
+
+
+def adm_classifier_config(config: Mapping[str, Any]) -> ADMClassifier:
+    """Translates the arguments of an EncoderUNetModel's constructor.
+
+    Args:
+      config: the arguments by name; missing ones have the constructor's defaults.
+        num_heads_upsample has no meaning without a way up.
+
+    Returns:
+      The same classifier in our terms.
+
+    Raises:
+      UnsupportedOption: naming what is unknown, missing or not for images.
+    """
+    full = _complete(config, CLASSIFIER_DEFAULTS)
+    if full["pool"] not in POOLS:
+        raise UnsupportedOption(f"pool must be one of {POOLS}, got {full['pool']!r}")
+    if full["pool"] == "attention" and full["num_head_channels"] == -1:
+        raise UnsupportedOption("the pool 'attention' needs num_head_channels, got -1")
+    classifier = {
+        **_encoder(full),
+        "num_classes": full["out_channels"],
+        "pool": full["pool"],
+    }
+    return ADMClassifier(classifier, full["in_channels"], full["image_size"], _dtype(full))
+
+
+_RES_BLOCK = (
+    Row("in_layers.0", "norm_1", "norm"),
+    Row("in_layers.2", "conv_1", "conv"),
+    Row("emb_layers.1", "time", "linear"),
+    Row("out_layers.0", "norm_2", "norm"),
+    Row("out_layers.3", "conv_2", "conv"),
+    Row("skip_connection", "shortcut", "conv"),
+)
+_DOWN = {"block": _RES_BLOCK, "conv": (Row("op", "conv", "conv"),), "pool": ()}
+_UP = {"block": _RES_BLOCK, "conv": (Row("conv", "conv", "conv"),), "pool": ()}
+_TIME = (
+    Row("time_embed.0", "time_embed/dense_1", "linear"),
+    Row("time_embed.2", "time_embed/dense_2", "linear"),
+)
+_POOLS = {
+    "adaptive": (Row("out.0", "norm_out", "norm"), Row("out.3", "logits", "conv1x1_as_linear")),
+    "attention": (
+        Row("out.0", "norm_out", "norm"),
+        Row("out.2.positional_embedding", "pool/position", "transposed"),
+        Row("out.2.c_proj", "pool/attention/out", "conv1d_as_linear"),
+    ),
+    "spatial": (Row("out.0", "hidden", "linear"), Row("out.2", "logits", "linear")),
+    "spatial_v2": (
+        Row("out.0", "hidden", "linear"),
+        Row("out.1", "norm_hidden", "norm"),
+        Row("out.3", "logits", "linear"),
+    ),
+}
+
+# The class embedding of a UNetModel: the table of a label conditioner.
+LABEL_ROWS = (Row("label_emb.weight", "embedding", "param"),)
+
+
+def qkv_rows(source: str, target: str, *, heads: int | None) -> tuple[Row, ...]:
+    """One convolution of width 1 that makes queries, keys and values.
+
+    Both layouts have the same shape, so the wrong one loads without complaint.
+
+    Args:
+      source: its name.
+      target: the path of our Attention.
+      heads: their number where each head's queries, keys and values lie together (the
+        "legacy" order, most releases); None where all queries come first (the "new" order).
+    """
+    return tuple(
+        Row(source, f"{target}/{name}", "conv1d_as_linear", Share(i, 3, heads or 1))
+        for i, name in enumerate(("query", "key", "value"))
+    )
+
+
+def _attention_rows(
+    full: Mapping[str, Any], channels: int, number: str = "num_heads"
+) -> tuple[Row, ...]:
+    heads = full[number]
+    if full["num_head_channels"] != -1:
+        heads = channels // full["num_head_channels"]
+    elif heads == -1:
+        heads = full["num_heads"]
+    legacy = not full["use_new_attention_order"]
+    return (
+        Row("norm", "norm", "norm"),
+        *qkv_rows("qkv", "attention", heads=heads if legacy else None),
+        Row("proj_out", "attention/out", "conv1d_as_linear"),
+    )
+
+
+def _encoder_rows(full: Mapping[str, Any]) -> list[Row]:
+    """The way down and the bottom. Blocks are numbered through, convolutions included."""
+    levels = _levels(full)
+    rows = [*_TIME, Row("input_blocks.0.0", "conv_in", "conv")]
+    block = 1
+    for i, level in enumerate(levels):
+        attention = _attention_rows(full, level["channels"]) if level["attention"] else ()
+        for j in range(level["num_blocks"]):
+            source, target = f"input_blocks.{block}", f"down_{i}"
+            rows += prefixed(_RES_BLOCK, source=f"{source}.0.", target=f"{target}/res_{j}/")
+            rows += prefixed(attention, source=f"{source}.1.", target=f"{target}/attn_{j}/")
+            block += 1
+        if i < len(levels) - 1:
+            change, source = _DOWN[_resample(full)], f"input_blocks.{block}.0."
+            rows += prefixed(change, source=source, target=f"down_{i}/downsample/")
+            block += 1
+    attention = _attention_rows(full, levels[-1]["channels"])
+    rows += prefixed(_RES_BLOCK, source="middle_block.0.", target="mid/res_0/")
+    rows += prefixed(attention, source="middle_block.1.", target="mid/attn/")
+    rows += prefixed(_RES_BLOCK, source="middle_block.2.", target="mid/res_1/")
+    return rows
+
+
+def _decoder_rows(full: Mapping[str, Any], levels: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The way up; the change of resolution is the last module of its level's last block."""
+    rows, block = [], 0
+    for i, level in enumerate(reversed(levels)):
+        attention = ()
+        if level["attention"]:
+            attention = _attention_rows(full, level["channels"], "num_heads_upsample")
+        for j in range(level["num_blocks"] + 1):
+            source, target = f"output_blocks.{block}", f"up_{i}"
+            rows += prefixed(_RES_BLOCK, source=f"{source}.0.", target=f"{target}/res_{j}/")
+            rows += prefixed(attention, source=f"{source}.1.", target=f"{target}/attn_{j}/")
+            if j == level["num_blocks"] and i < len(levels) - 1:
+                last = f"{source}.{2 if level['attention'] else 1}."
+                change = _UP[_resample(full)]
+                rows += prefixed(change, source=last, target=f"{target}/upsample/")
+            block += 1
+    return rows
+
+
+def adm_unet_rows(config: Mapping[str, Any]) -> tuple[Row, ...]:
+    """The table of the weights of a UNetModel or SuperResModel; the classes' is `LABEL_ROWS`.
+
+    Args:
+      config: arguments as of `adm_unet_config`; the blocks' numbers and the order of the
+        attention's weights depend on them.
+
+    Raises:
+      UnsupportedOption: as `adm_unet_config`.
+    """
+    full = _complete(config, UNET_DEFAULTS)
+    return (
+        *_encoder_rows(full),
+        *_decoder_rows(full, _levels(full)),
+        Row("out.0", "norm_out", "norm"),
+        Row("out.2", "conv_out", "conv"),
+    )
+
+
+def adm_classifier_rows(config: Mapping[str, Any]) -> tuple[Row, ...]:
+    """The table of the weights of an EncoderUNetModel.
+
+    Args:
+      config: arguments as of `adm_classifier_config`.
+
+    Raises:
+      UnsupportedOption: as `adm_classifier_config`.
+    """
+    full = _complete(config, CLASSIFIER_DEFAULTS)
+    pool = adm_classifier_config(config).classifier["pool"]
+    rows = _POOLS[pool]
+    if pool == "attention":
+        # The pool has the new order whatever the blocks have.
+        rows += qkv_rows("out.2.qkv_proj", "pool/attention", heads=None)
+    return (*_encoder_rows(full), *rows)
