@@ -1,8 +1,20 @@
 """Fréchet distance between Gaussians fitted to features, gathered batch by batch."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
+
+
+class Gaussian(Protocol):
+    """Anything with a mean [D] and a covariance [D, D], both float64."""
+
+    @property
+    def mean(self) -> np.ndarray: ...
+
+    @property
+    def covariance(self) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +79,29 @@ class GaussianStats:
         between = np.outer(delta, delta) * (self.count * other.count / count)
         return GaussianStats(count, mean, self.scatter + other.scatter + between)
 
+    def to_dict(self) -> dict[str, np.ndarray]:
+        """The statistics as arrays: count [] int64, mean [D], scatter [D, D]."""
+        return {"count": np.asarray(self.count), "mean": self.mean, "scatter": self.scatter}
+
+    @classmethod
+    def from_dict(cls, arrays: Mapping[str, np.ndarray]) -> "GaussianStats":
+        """The statistics of `to_dict`, bit by bit.
+
+        Raises:
+          ValueError: if an array is missing, or they do not fit each other.
+        """
+        missing = sorted({"count", "mean", "scatter"} - set(arrays))
+        if missing:
+            raise ValueError(f"statistics need count, mean and scatter; {missing} are missing")
+        mean, scatter = (np.asarray(arrays[key], np.float64) for key in ("mean", "scatter"))
+        count = int(arrays["count"])
+        if mean.ndim != 1 or scatter.shape != (len(mean), len(mean)) or count < 0:
+            raise ValueError(
+                f"statistics must have count >= 0, mean [D] and scatter [D, D], got {count}, "
+                f"{mean.shape} and {scatter.shape}"
+            )
+        return cls(count, mean, scatter)
+
     @property
     def covariance(self) -> np.ndarray:
         """Unbiased covariance [D, D].
@@ -79,14 +114,15 @@ class GaussianStats:
         return self.scatter / (self.count - 1)
 
 
-def frechet_distance(a: GaussianStats, b: GaussianStats) -> float:
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Fréchet (2-Wasserstein) distance of two Gaussians.
 
     ‖μ_a - μ_b‖² + Tr(Σ_a + Σ_b) - 2 Tr((Σ_a^½ Σ_b Σ_a^½)^½).
 
-    The product under the root is symmetric, so its eigenvalues are real and no root of an
-    unsymmetric matrix is taken. Depends on the features and is biased upwards by about 1/N:
-    compare only values of the same features and the same N.
+    With Σ_a = R Rᵀ the last trace is that of (Rᵀ Σ_b R)^½, a symmetric matrix: its eigenvalues
+    are real, no root of an unsymmetric matrix is taken, and singular covariances are fine.
+    Depends on the features and is biased upwards by about 1/N: compare only values of the same
+    features and the same N.
 
     Raises:
       ValueError: if the dimensions differ or either saw fewer than two vectors.
@@ -98,9 +134,11 @@ def frechet_distance(a: GaussianStats, b: GaussianStats) -> float:
         raise ValueError(f"features of {len(a.mean)} and {len(b.mean)} dimensions do not compare")
     cov_a, cov_b = a.covariance, b.covariance
     values, vectors = np.linalg.eigh(cov_a)
-    # Covariances have no negative eigenvalues; what is below zero is rounding.
-    root_a = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-    product = root_a @ cov_b @ root_a
+    # Fewer vectors than dimensions leave eigenvalues that are zero but for rounding; a thousand
+    # of their roots would add up.
+    real = values > values[-1] * len(values) * np.finfo(np.float64).eps
+    root_a = vectors[:, real] * np.sqrt(values[real])
+    product = root_a.T @ cov_b @ root_a
     eigenvalues = np.linalg.eigvalsh((product + product.T) / 2.0)
     overlap = np.sqrt(np.maximum(eigenvalues, 0.0)).sum()
     distance = np.sum((a.mean - b.mean) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2.0 * overlap

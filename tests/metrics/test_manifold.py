@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from diffusion_jax.metrics import manifold
-from diffusion_jax.metrics.manifold import nearest_distances, nearest_ratio, precision_recall
+from diffusion_jax.metrics.manifold import (
+    density_coverage,
+    nearest_distances,
+    nearest_ratio,
+    precision_recall,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -63,6 +68,44 @@ def test_nearest_distances_by_hand():
     np.testing.assert_allclose(got, [5.0, np.sqrt(5.0)])
 
 
+def test_many_dimensions_agree_with_the_definition_too(monkeypatch):
+    """From 256 dimensions on, distances come from a matrix product."""
+    monkeypatch.setattr(manifold, "_ROWS", 7)
+    scales = 1 + 0.1 * RNG.normal(size=(45, 1))
+    points = RNG.normal(size=(45, 300)) * scales + 50
+    real, fake = points[:25], points[25:] + 0.1
+    got = precision_recall(real, fake)
+    assert got == (_brute_share(fake, real, 3), _brute_share(real, fake, 3))
+    assert 0 < got.precision < 1 and 0 < got.recall < 1
+    direct = np.linalg.norm(fake[:, None] - real[None], axis=-1).min(axis=1)
+    np.testing.assert_allclose(nearest_distances(fake, real), direct, rtol=1e-12)
+    assert nearest_ratio(real[:9], real, fake) == 0.0
+
+
+def test_density_and_coverage_by_hand():
+    """Real at 0, 1, 2, 3 with balls of radius 1: 1.5 lies in two of them, 10 in none."""
+    got = density_coverage(np.arange(4.0)[:, None], np.array([[1.5], [1.5], [10.0]]), k=1)
+    assert got == (4 / 3, 0.5)
+
+
+def test_density_and_coverage_of_equal_distributions():
+    """Expected coverage is 1 - Π_i (N - i) / (2N - i), i = 1 … k; expected density is 1."""
+    n, k = 40, 3
+    draws = [density_coverage(*RNG.normal(size=(2, n, 2)), k=k) for _ in range(300)]
+    density, coverage = np.mean(draws, axis=0)
+    i = np.arange(1, k + 1)
+    assert coverage == pytest.approx(1 - np.prod((n - i) / (2 * n - i)), abs=0.01)
+    assert density == pytest.approx(1.0, abs=0.03)
+
+
+def test_an_outlier_inflates_precision_but_hardly_density():
+    real = np.concatenate([RNG.normal(size=(50, 2)), [[1000.0, 0.0]]])
+    fake = RNG.uniform(-300, 300, size=(50, 2)) + [400, 0]
+    assert precision_recall(real, fake, k=5).precision > 0.95
+    got = density_coverage(real, fake, k=5)
+    assert got.density < 0.5 and got.coverage < 0.5
+
+
 @pytest.mark.parametrize(
     "real, fake, k, message",
     [
@@ -76,6 +119,13 @@ def test_nearest_distances_by_hand():
 def test_bad_input_is_refused(real, fake, k, message):
     with pytest.raises(ValueError, match=message):
         precision_recall(real, fake, k=k)
+
+
+def test_density_needs_enough_real_vectors():
+    with pytest.raises(ValueError, match="1 … 4, got 5"):
+        density_coverage(np.ones((5, 2)), np.ones((9, 2)))
+    with pytest.raises(ValueError, match="'real': 2, 'fake': 3"):
+        density_coverage(np.ones((9, 2)), np.ones((9, 3)))
 
 
 def test_held_out_data_must_not_be_training_data():
