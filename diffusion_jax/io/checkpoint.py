@@ -30,7 +30,7 @@ class CheckpointMismatchError(ValueError):
         self.differences = differences
         super().__init__(
             f"{where} does not fit, {len(differences)} leaves differ; was it written with another "
-            "model, optimizer or choice of trainable leaves?\n  " + "\n  ".join(differences)
+            "model, optimizer, loss or choice of trainable leaves?\n  " + "\n  ".join(differences)
         )
 
 

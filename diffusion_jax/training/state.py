@@ -8,7 +8,7 @@ import optax
 from flax import struct
 
 from diffusion_jax.core.params import by_glob, merge, partition
-from diffusion_jax.core.types import Array, Params
+from diffusion_jax.core.types import AdaptiveLoss, Array, LossFn, Params
 
 
 @struct.dataclass
@@ -21,6 +21,7 @@ class TrainState:
       frozen: the other parameters; no step changes them.
       ema: moving average, a tree like `trainable`.
       opt_state: state of the optimizer for `trainable`.
+      loss_state: memory of an `AdaptiveLoss`, empty for other losses.
     """
 
     step: Array
@@ -28,6 +29,7 @@ class TrainState:
     frozen: Params
     ema: Params
     opt_state: Any
+    loss_state: Any = ()
 
     @classmethod
     def create(
@@ -36,6 +38,7 @@ class TrainState:
         tx: optax.GradientTransformation,
         *,
         trainable: tuple[str, ...] = ("**",),
+        loss: LossFn | AdaptiveLoss | None = None,
     ) -> "TrainState":
         """A state at step 0 whose average equals the parameters.
 
@@ -45,11 +48,13 @@ class TrainState:
           params: whole parameter tree.
           tx: optimizer.
           trainable: globs of the leaves to train, see `core.params.by_glob`.
+          loss: gives the memory to start from if it is an `AdaptiveLoss`; others have none.
 
         Raises:
           ValueError: if a pattern matches no leaf.
         """
         selected, frozen = partition(jax.tree.map(jnp.asarray, params), by_glob(params, *trainable))
+        memory = loss.init() if isinstance(loss, AdaptiveLoss) else ()
         return cls(
             step=jnp.zeros((), jnp.int32),
             trainable=selected,
@@ -57,6 +62,7 @@ class TrainState:
             # One buffer cannot be donated twice, so the average needs arrays of its own.
             ema=jax.tree.map(jnp.copy, selected),
             opt_state=tx.init(selected),
+            loss_state=jax.tree.map(jnp.array, memory),
         )
 
     @property

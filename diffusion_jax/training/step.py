@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 
 from diffusion_jax.core.arrays import image_keys
 from diffusion_jax.core.params import merge
-from diffusion_jax.core.types import Batch, Key, LossFn, Metrics, Params
+from diffusion_jax.core.types import AdaptiveLoss, Array, Batch, Key, LossFn, Metrics, Params
 from diffusion_jax.training.ema import EMA
 from diffusion_jax.training.state import TrainState
 
@@ -61,6 +62,27 @@ def _microbatches(x: jax.Array, count: int) -> jax.Array:
     return jnp.swapaxes(x.reshape((x.shape[0] // count, count) + x.shape[1:]), 0, 1)
 
 
+def _in_order(x: jax.Array) -> jax.Array:
+    # The inverse of _microbatches.
+    return jnp.swapaxes(x, 0, 1).reshape((x.shape[0] * x.shape[1],) + x.shape[2:])
+
+
+def _describe(memory: Any) -> str:
+    shapes = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(memory)]
+    return ", ".join(shapes) or "none"
+
+
+def _check_memory(loss: LossFn | AdaptiveLoss, memory: Any) -> None:
+    wanted = jax.eval_shape(loss.init) if isinstance(loss, AdaptiveLoss) else ()
+    same = jax.tree.structure(wanted) == jax.tree.structure(memory)
+    if not same or _describe(wanted) != _describe(memory):
+        raise ValueError(
+            f"the loss needs a memory of {_describe(wanted)}, but the state's loss_state has "
+            f"{_describe(memory)}; make the state with TrainState.create(..., loss=loss), loss "
+            "being the one that the step is made with"
+        )
+
+
 # Compared by identity, since a loss may hold arrays, whose comparison is no truth value.
 @dataclass(frozen=True, eq=False)
 class TrainStep:
@@ -70,33 +92,58 @@ class TrainStep:
       loss, tx, ema, accumulate, axis_name: the arguments of `make_train_step`.
     """
 
-    loss: LossFn
+    loss: LossFn | AdaptiveLoss
     tx: optax.GradientTransformation
     ema: EMA
     accumulate: int = 1
     axis_name: str | None = None
 
-    def _gradient(self, state: TrainState, batch: Batch, keys: Key) -> tuple[Params, Metrics]:
-        def objective(trainable):
-            return self.loss(merge(trainable, state.frozen), batch, keys)
+    def _loss(
+        self, params: Params, batch: Batch, keys: Key, *, memory: Any
+    ) -> tuple[Array, Metrics, Any]:
+        if isinstance(self.loss, AdaptiveLoss):
+            return self.loss.apply(params, batch, keys, memory)
+        return *self.loss(params, batch, keys), ()
 
-        (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.trainable)
+    def _gradient(
+        self, state: TrainState, batch: Batch, keys: Key
+    ) -> tuple[tuple[Params, Metrics], Any]:
+        def objective(trainable):
+            params = merge(trainable, state.frozen)
+            loss, metrics, observations = self._loss(params, batch, keys, memory=state.loss_state)
+            return loss, (metrics, observations)
+
+        (loss, (metrics, observations)), grads = jax.value_and_grad(objective, has_aux=True)(
+            state.trainable
+        )
         taken = sorted(set(RESERVED_METRICS) & set(metrics))
         if taken:
             raise ValueError(f"the loss function may not name its own metrics {taken}; rename them")
-        return grads, {"loss": loss, **metrics}
+        return (grads, {"loss": loss, **metrics}), observations
 
-    def _accumulated(self, state: TrainState, batch: Batch, keys: Key) -> tuple[Params, Metrics]:
+    def _accumulated(
+        self, state: TrainState, batch: Batch, keys: Key
+    ) -> tuple[tuple[Params, Metrics], Any]:
         parts = jax.tree.map(lambda x: _microbatches(x, self.accumulate), (batch, keys))
         first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(self._gradient, state, *first)
+        shapes, _ = jax.eval_shape(self._gradient, state, *first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, self._gradient(state, *part)), None
+            result, observations = self._gradient(state, *part)
+            return jax.tree.map(jnp.add, total, result), observations
 
-        total, _ = jax.lax.scan(add, zeros, parts)
-        return jax.tree.map(lambda x: x / self.accumulate, total)
+        total, observations = jax.lax.scan(add, zeros, parts)
+        mean = jax.tree.map(lambda x: x / self.accumulate, total)
+        return mean, jax.tree.map(_in_order, observations)
+
+    def _remembered(self, memory: Any, observations: Any) -> Any:
+        if not isinstance(self.loss, AdaptiveLoss):
+            return memory
+        if self.axis_name is not None:
+            # Device d holds the d-th part of the batch, so gathering keeps the global order.
+            observations = jax.lax.all_gather(observations, self.axis_name, tiled=True)
+        return self.loss.update(memory, observations)
 
     def __call__(self, state: TrainState, batch: Batch, keys: Key) -> tuple[TrainState, Metrics]:
         """One update.
@@ -112,23 +159,31 @@ class TrainStep:
 
         Raises:
           ValueError: if batch and keys differ in length, the batch does not split into
-            microbatches, or the loss function names a metric `loss` or `grad_norm`.
+            microbatches, the state has no memory that fits the loss, or the loss function
+            names a metric `loss` or `grad_norm`.
         """
         _check_batch(batch, keys, self.accumulate)
+        _check_memory(self.loss, state.loss_state)
         gradient = self._gradient if self.accumulate == 1 else self._accumulated
-        grads, metrics = gradient(state, batch, keys)
+        (grads, metrics), observations = gradient(state, batch, keys)
         if self.axis_name is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), self.axis_name)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         step = state.step + 1
         ema = self.ema.update(state.ema, trainable, step)
-        state = state.replace(step=step, trainable=trainable, ema=ema, opt_state=opt_state)
+        state = state.replace(
+            step=step,
+            trainable=trainable,
+            ema=ema,
+            opt_state=opt_state,
+            loss_state=self._remembered(state.loss_state, observations),
+        )
         return state, {**metrics, "grad_norm": optax.tree.norm(grads)}
 
 
 def make_train_step(
-    loss: LossFn,
+    loss: LossFn | AdaptiveLoss,
     tx: optax.GradientTransformation,
     *,
     ema: EMA,
@@ -138,7 +193,9 @@ def make_train_step(
     """A pure step (state, batch, keys [B]) -> (state, metrics); only trainable leaves move.
 
     Args:
-      loss: mean over the examples of a batch, with scalar metrics that are means too.
+      loss: mean over the examples of a batch, with scalar metrics that are means too. The
+        memory of an `AdaptiveLoss` is in the state; all microbatches and devices use it as it
+        was before the step, and it is updated once, with the whole batch in order.
       tx: optimizer, the one that the state was created with.
       ema: moving average of the trainable leaves.
       accumulate: microbatches that a batch is split into; the gradient is that of the whole
