@@ -32,6 +32,8 @@ from diffusion_jax.samplers import DDIM, DDPM, DPMSolverMultistep, Euler, Heun, 
 
 MAX_STEPS = 1000
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+# What the second half of the channels means here, by what the case says about it.
+LEARNED_VARIANCES = {False: None, True: "range", "positive": "log"}
 BETA_SCHEDULES = {"linear": Linear, "scaled_linear": ScaledLinear, "sigmoid": SigmoidBeta}
 
 
@@ -149,7 +151,7 @@ def _ddpm(options: Options, steps: Options, step: Options, schedule: DiscreteSch
     times = _ancestral_times(options, schedule, steps, "leading")
     variance = options.take("variance_type", "fixed_small")
     names = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large"}
-    variance = {**names, "learned_range": "learned_range"}.get(variance)
+    variance = {**names, "learned_range": "learned_range", "learned": "learned"}.get(variance)
     if variance is None:
         raise Unsupported("variance_type")
     # The scheduler adds noise in its last step unless that one starts at t = 0.
@@ -327,21 +329,24 @@ def _network(params, x, t, cond, *, keys=None):
     del cond, keys
     bias = t[:, None, None, None] / 1000.0
     output = jnp.tanh(0.7 * x + (-1.3 * bias + 0.2))
-    if params["learned_variance"]:
+    if params["learned_variance"] is not None:
         variance = 0.9 * jnp.tanh(-0.5 * x + (0.9 * bias + 0.1))
+        if params["learned_variance"] == "log":
+            # The scheduler takes the variance itself from the network, not its logarithm.
+            variance = jnp.log(0.05 * (1.0 + variance))
         output = jnp.concatenate([output, variance], axis=-1)
     return output
 
 
-def _denoiser(parameterization: str, learned: bool, threshold: Any):
+def _denoiser(parameterization: str, learned: str | None, threshold: Any):
     make = make_denoiser(_network, PARAMETERIZATIONS[parameterization](), learned_variance=learned)
     denoise = threshold(make({"learned_variance": learned}), Condition())
     return lambda x, level: denoise(x, level, Condition())
 
 
 @contextlib.contextmanager
-def _recorded_noise(keys, noise, num_steps):
-    """Step i of a sampler draws noise[i]; its keys say which step it is."""
+def recorded_noise(keys, noise, num_steps, modules=("samplers.ddpm", "samplers.ddim")):
+    """Step i of a loop in the modules draws noise[i]; its keys say which step it is."""
     steps = jnp.arange(num_steps, dtype=jnp.int32)
     table = jax.vmap(lambda i: jax.random.key_data(fold_in_each(keys, i))[0])(steps)
 
@@ -351,8 +356,8 @@ def _recorded_noise(keys, noise, num_steps):
         return noise[jnp.argmax(jnp.all(table == mine[None], axis=1))]
 
     with contextlib.ExitStack() as stack:
-        for module in ("ddpm", "ddim"):
-            name = f"diffusion_jax.samplers.{module}.per_image_normal"
+        for module in modules:
+            name = f"diffusion_jax.{module}.per_image_normal"
             stack.enter_context(mock.patch(name, draw))
         yield
 
@@ -361,7 +366,7 @@ def _recorded_noise(keys, noise, num_steps):
 def _trajectory(sampler, grid, x, noise, threshold, *, parameterization, learned):
     keys = image_keys(0, jnp.arange(x.shape[0]))
     denoise = _denoiser(parameterization, learned, threshold)
-    with _recorded_noise(keys, noise, noise.shape[0]):
+    with recorded_noise(keys, noise, noise.shape[0]):
         _, xs = sample(sampler, denoise, grid, x, keys, trace=lambda state: state.x)
     return xs
 
@@ -438,9 +443,10 @@ def _plan(case: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
     plan = PLANS[name](options, steps, step, _schedule(options))
     for given in (options, steps, step):
         given.finish()
-    learned = case.get("learned_variance_channels", False)
-    if learned not in (True, False):
+    channels = case.get("learned_variance_channels", False)
+    if channels not in LEARNED_VARIANCES:
         raise Unsupported("learned_variance_channels")
+    learned = LEARNED_VARIANCES[channels]
     return plan, {"parameterization": PREDICTIONS[prediction], "learned": learned}
 
 

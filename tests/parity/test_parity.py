@@ -15,6 +15,7 @@ from tests.parity import samplers
 pytestmark = pytest.mark.slow
 
 CASES = Path(__file__).parent / "cases" / "samplers"
+ORIGINALS = CASES.parent / "originals"
 
 
 def manifest(folder=CASES):
@@ -122,3 +123,25 @@ def test_the_command_line_ends_with_a_status():
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "1 passed, 0 failed, 0 not implemented"
+
+
+def test_recorded_original_networks_are_reproduced(capsys):
+    """Released names, labels and a low-resolution image; for the classifier the gradient too."""
+    assert runner.main([str(ORIGINALS)]) == 0
+    assert last_line(capsys) == "2 passed, 0 failed, 0 not implemented"
+
+
+def test_original_networks_are_told_apart_by_their_fields(tmp_path, capsys):
+    """The other order of attention fails, and what our networks do not have is not run."""
+    for name in ("ckpt", "data"):
+        (tmp_path / name).symlink_to(ORIGINALS / name)
+    unet, classifier = manifest(ORIGINALS)["cases"]
+    swapped = {**unet, "config": {**unet["config"], "use_new_attention_order": True}}
+    volume = {**unet, "config": {**unet["config"], "dims": 3}}
+    pool = {**classifier, "config": {**classifier["config"], "pool": "max"}}
+    other = {**unet, "class": "guided_diffusion.unet.OtherModel"}
+    write(tmp_path, swapped, volume, pool, other)
+    assert runner.main([str(tmp_path)]) == 1
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].endswith("FAILED out")
+    assert rows[-1] == "0 passed, 1 failed, 3 not implemented"
