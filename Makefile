@@ -4,16 +4,20 @@
 #   make test                  runs every test
 #   make check                 lint, types and the fast tests, in about a minute and a half
 #   make parity PARITY=folder  compares with reference cases in a folder
+#   make proofs                every proof; make proof-NAME one of them, SEED=n another seed
+#   make ablate-NAME           a proof and its retrained controls with three seeds
 #   make clean                 removes .venv and everything built
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=folder another environment, WORKERS=4 the
-# processes that run tests, ARGS="…" adds arguments to the command of `demo`, `test`, `parity`.
+# processes that run tests, ARGS="…" adds arguments to the command of `demo`, `test`, `parity`,
+# `proof-…`, `ablate-…`.
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 ARGS ?=
 PARITY ?=
+SEED ?= 0
 
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
@@ -22,7 +26,10 @@ TEST_READY := $(VENV)/.diffusion_jax-test
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check parity clean
+.PHONY: help demo test check parity proofs clean
+
+PROOFS := ddpm classifier_guidance classifier_free
+RESULTS := --results experiments/RESULTS.md
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -43,6 +50,14 @@ parity: $(TEST_READY)
 	@test -n "$(PARITY)" || { echo "make parity needs a folder of reference cases:" \
 		"make parity PARITY=folder"; exit 2; }
 	$(BIN)/python -m tests.parity "$(PARITY)" $(ARGS)
+
+proofs: $(PROOFS:%=proof-%)
+
+proof-%: $(DEMO_READY)
+	$(BIN)/diffusion-jax proof $* --seed $(SEED) $(RESULTS) $(ARGS)
+
+ablate-%: $(DEMO_READY)
+	$(BIN)/diffusion-jax ablate $* $(RESULTS) $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

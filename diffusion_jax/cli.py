@@ -1,8 +1,8 @@
-"""The command line: diffusion-jax train | sample | evaluate | demo | data."""
+"""The command line: diffusion-jax train | sample | evaluate | demo | proof | ablate | data."""
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,14 +10,17 @@ from typing import Annotated, Any
 import tyro
 
 from diffusion_jax.configuration import TABLES
-from diffusion_jax.experiment import EXPERIMENTS, Experiment, find
+from diffusion_jax.experiment import EXPERIMENTS, Experiment, find, find_stages, run_configs
 
 USAGE = f"""usage: diffusion-jax COMMAND …
 
-  train NAME [--tiny] --workdir DIR     train an experiment, or go on with it
+  train NAME [--tiny] --workdir DIR     train an experiment, or go on with it; --stage STAGE
+                                        chooses one of several stages
   sample NAME [--tiny] --workdir DIR    draw images with a trained run's averaged weights
   evaluate NAME [--tiny] --workdir DIR  score a trained run against real data
   demo                                  train, sample and score handwritten digits in minutes
+  proof NAME [--seed N]                 show what a system must do, beside controls that must fail
+  ablate NAME                           the same with three seeds and more retrained controls
   data prepare SET                      make digits, mnist or cifar10 ready for training
 
 NAME is one of {", ".join(EXPERIMENTS)}, a .py file that defines CONFIG, a .json file, or the
@@ -44,6 +47,22 @@ class Train:
 
         train(self.config, self.workdir)
         return 0
+
+
+@dataclass(frozen=True)
+class TrainStages:
+    """Trains every stage of an experiment, one after the other.
+
+    Attributes:
+      configs: of each stage.
+      workdir: gets a folder for each stage.
+    """
+
+    configs: tuple[Experiment, ...]
+    workdir: Path
+
+    def run(self) -> int:
+        return max(Train(config, self.workdir).run() for config in self.configs)
 
 
 @dataclass(frozen=True)
@@ -87,15 +106,21 @@ class Evaluate:
 
     Attributes:
       workdir: of a trained run.
+      num_samples: images per guidance scale; the configured number if not given.
     """
 
     config: Config
     workdir: Path
+    num_samples: int | None = None
 
     def run(self) -> int:
         from diffusion_jax.commands.evaluate import evaluate, show
 
-        return 0 if show(evaluate(self.config, self.workdir), self.config.expected) else 1
+        config = self.config
+        if self.num_samples is not None:
+            evaluation = dataclasses.replace(config.evaluation, num_samples=self.num_samples)
+            config = dataclasses.replace(config, evaluation=evaluation)
+        return 0 if show(evaluate(config, self.workdir), config.expected) else 1
 
 
 @dataclass(frozen=True)
@@ -114,6 +139,56 @@ class Demo:
         status = Evaluate(self.config, self.workdir).run()
         print(f"checkpoint, pictures and metrics.json are in {self.workdir}")
         return status
+
+
+@dataclass(frozen=True)
+class Prove:
+    """Trains a small system with its controls, and checks what must hold and what must fail.
+
+    Exits with 1 if a claim does not hold.
+
+    Attributes:
+      name: ddpm, classifier_guidance or classifier_free.
+      seed: of parameters, data order, noise and samples.
+      workdir: keeps what was trained and measured; the same command goes on from there.
+      results: Markdown file that gets a row.
+    """
+
+    name: tyro.conf.Positional[str]
+    seed: int = 0
+    workdir: Path = Path("runs/proofs")
+    results: Path = Path("runs/proofs/RESULTS.md")
+
+    def run(self) -> int:
+        from diffusion_jax.commands.proof import prove
+
+        holds = prove(self.name, workdir=self.workdir, seed=self.seed, results=self.results)
+        return 0 if holds else 1
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """Runs a proof and its retrained controls with three seeds, one row of results an arm.
+
+    Exits with 1 if a claim does not hold for every seed.
+
+    Attributes:
+      name: ddpm, classifier_guidance or classifier_free.
+      seeds: of the runs.
+      workdir: keeps what was trained and measured; the same command goes on from there.
+      results: Markdown file that gets the rows.
+    """
+
+    name: tyro.conf.Positional[str]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    workdir: Path = Path("runs/proofs")
+    results: Path = Path("runs/proofs/RESULTS.md")
+
+    def run(self) -> int:
+        from diffusion_jax.commands.proof import ablate
+
+        holds = ablate(self.name, workdir=self.workdir, results=self.results, seeds=self.seeds)
+        return 0 if holds else 1
 
 
 @dataclass(frozen=True)
@@ -138,6 +213,8 @@ class Prepare:
 
 
 COMMANDS: dict[str, type] = {"train": Train, "sample": Sample, "evaluate": Evaluate, "demo": Demo}
+# Commands that take no experiment.
+PLAIN_COMMANDS: dict[str, type] = {"proof": Prove, "ablate": Ablate}
 
 
 def exchange_parts(config: Any, arguments: Sequence[str]) -> tuple[Any, list[str]]:
@@ -206,8 +283,11 @@ def parse(arguments: Sequence[str]) -> Any:
         if rest[:1] != ["prepare"]:
             raise ValueError("expected: diffusion-jax data prepare SET")
         return tyro.cli(Prepare, args=rest[1:], prog="diffusion-jax data prepare")
+    if command in PLAIN_COMMANDS:
+        return tyro.cli(PLAIN_COMMANDS[command], args=rest, prog=f"diffusion-jax {command}")
     if command not in COMMANDS:
-        raise ValueError(f"unknown command {command!r}; there are {[*COMMANDS, 'data']}")
+        known = [*COMMANDS, *PLAIN_COMMANDS, "data"]
+        raise ValueError(f"unknown command {command!r}; there are {known}")
     defaults: dict[str, Any] = {}
     if command == "demo":
         name, config = "", find("classifier_free", tiny=True)
@@ -215,10 +295,13 @@ def parse(arguments: Sequence[str]) -> Any:
         if not rest or rest[0].startswith("-"):
             raise ValueError(f"diffusion-jax {command} needs an experiment: {list(EXPERIMENTS)}")
         name, *rest = rest
-        tiny = "--tiny" in rest
-        rest = [argument for argument in rest if argument != "--tiny"]
-        config = find(name, tiny=tiny)
-        if (Path(name) / "config.json").exists():
+        tiny, rest = "--tiny" in rest, [argument for argument in rest if argument != "--tiny"]
+        stage, rest = _taken(rest, "--stage")
+        config = find(name, tiny=tiny, stage=stage)
+        stages = find_stages(name, tiny=tiny)
+        if command == "train" and stage is None and len(stages) > 1:
+            return _train_stages(name, stages, rest)
+        if run_configs(Path(name)):
             defaults["workdir"] = Path(name)
     config, rest = exchange_parts(config, rest)
     cls = COMMANDS[command]
@@ -233,6 +316,32 @@ def parse(arguments: Sequence[str]) -> Any:
         prog=f"diffusion-jax {command} {name}".rstrip(),
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+
+def _taken(arguments: Sequence[str], option: str) -> tuple[str | None, list[str]]:
+    """The value of an option, if it is there, and the arguments without it."""
+    left, value = list(arguments), None
+    for index, argument in enumerate(arguments):
+        if argument.partition("=")[0] == option:
+            given = argument.partition("=")[2] or "".join(arguments[index + 1 : index + 2])
+            if not given or given.startswith("-"):
+                raise ValueError(f"{option} needs a value")
+            value = given
+            del left[index : index + (1 if "=" in argument else 2)]
+            break
+    return value, left
+
+
+def _train_stages(name: str, stages: Mapping[str, Experiment], arguments: list[str]) -> TrainStages:
+    workdir, left = _taken(arguments, "--workdir")
+    if left:
+        raise ValueError(
+            f"{left[0]} is an option of one stage, and {name} trains {list(stages)}; choose one "
+            "with --stage"
+        )
+    if workdir is None and not run_configs(Path(name)):
+        raise ValueError("--workdir is needed: where configuration, checkpoints and logs go")
+    return TrainStages(tuple(stages.values()), Path(workdir or name))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,10 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusion_jax.data import DATASETS
+from diffusion_jax.features import FEATURES
 from diffusion_jax.systems import SYSTEMS
 from diffusion_jax.systems.parts import PARTS
 
-TABLES: Mapping[str, Mapping[str, type]] = {**PARTS, "system": SYSTEMS, "data": DATASETS}
+TABLES: Mapping[str, Mapping[str, type]] = {
+    **PARTS,
+    "system": SYSTEMS,
+    "data": DATASETS,
+    "features": FEATURES,
+}
 
 
 def kind_of(field: str, value: Any) -> str:

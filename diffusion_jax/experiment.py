@@ -12,13 +12,14 @@ import tyro
 
 from diffusion_jax.configuration import from_dict, to_dict
 from diffusion_jax.data import DATASETS
+from diffusion_jax.features import FeaturesPart, PixelFeatures
 from diffusion_jax.io.files import write_text
 from diffusion_jax.systems import SYSTEMS
 from diffusion_jax.training.ema import EMA
 from diffusion_jax.training.optimizer import Optimizer
 
 # The experiments that ship with the package; a string names one of these or a file.
-EXPERIMENTS = ("ddpm", "classifier_free")
+EXPERIMENTS = ("ddpm", "improved_ddpm", "classifier_guidance", "classifier_free")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ class Evaluation:
       scales: guidance scales; ignored by systems without guidance, which are drawn once.
       batch_size: images drawn at once.
       seed: of the samples.
+      features: what images are compared by.
+      reference: statistics of real data in a file that `metrics.save_reference` wrote, for one
+        more Fréchet distance; "" for none.
 
     Raises:
       ValueError: if a number is out of range.
@@ -86,6 +90,8 @@ class Evaluation:
     scales: tuple[float, ...] = (1.0,)
     batch_size: int = 512
     seed: int = 1
+    features: FeaturesPart = PixelFeatures()
+    reference: str = ""
 
     def __post_init__(self):
         if self.num_samples < 0 or self.batch_size < 1 or not self.scales:
@@ -134,20 +140,42 @@ def load(path: Path) -> Experiment:
     return from_dict(Experiment, values, str(path))
 
 
-def find(name: str, *, tiny: bool = False) -> Experiment:
-    """The experiment with that name, in that file, or of that working directory.
+def find_stages(name: str, *, tiny: bool = False) -> dict[str, Experiment]:
+    """What trains each stage of the experiment with that name, in that file or directory.
 
     Args:
-      name: one of EXPERIMENTS; a .py file that defines CONFIG (and TINY); a .json file; or a
-        directory with a config.json.
+      name: one of EXPERIMENTS; a .py file that defines CONFIG (and TINY), an Experiment or one
+        for every stage by name; a .json file; or a working directory.
       tiny: TINY instead of CONFIG.
+
+    Returns:
+      stage -> experiment, in the order of training; most systems have one stage, "base".
 
     Raises:
       ValueError: if there is no such experiment.
     """
+    found = _find(name, tiny)
+    return dict(found) if isinstance(found, Mapping) else {found.training.stage: found}
+
+
+def find(name: str, *, tiny: bool = False, stage: str | None = None) -> Experiment:
+    """One experiment of `find_stages`: that of a stage, or the first.
+
+    Raises:
+      ValueError: if there is no such experiment or stage.
+    """
+    stages = find_stages(name, tiny=tiny)
+    if stage is not None and stage not in stages:
+        raise ValueError(f"{name} has no stage {stage!r}, only {list(stages)}")
+    return stages[stage or next(iter(stages))]
+
+
+def _find(name: str, tiny: bool) -> Experiment | Mapping[str, Experiment]:
     path = Path(name)
-    if path.is_dir() and (path / "config.json").exists():
-        path = path / "config.json"
+    if path.is_dir() and (configs := run_configs(path)):
+        if tiny:
+            raise ValueError(f"--tiny chooses within an experiment script; {path} is a run")
+        return {stage: load(config) for stage, config in configs.items()}
     if path.suffix == ".json" and path.exists():
         if tiny:
             raise ValueError(f"--tiny chooses within an experiment script; {path} is one value")
@@ -169,6 +197,17 @@ def find(name: str, *, tiny: bool = False) -> Experiment:
     return getattr(module, wanted)
 
 
+def run_configs(workdir: Path) -> dict[str, Path]:
+    """The config.json of every stage that was trained in a working directory, by stage.
+
+    A system of one stage has its files in the directory itself, one of several in a folder
+    for each.
+    """
+    if (workdir / "config.json").exists():
+        return {"base": workdir / "config.json"}
+    return {path.parent.name: path for path in sorted(workdir.glob("*/config.json"))}
+
+
 __all__ = [
     "DATASETS",
     "EXPERIMENTS",
@@ -177,6 +216,8 @@ __all__ = [
     "Experiment",
     "Training",
     "find",
+    "find_stages",
     "load",
+    "run_configs",
     "save",
 ]

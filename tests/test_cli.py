@@ -71,11 +71,16 @@ def test_a_part_with_required_values_asks_for_them(capsys):
 @pytest.mark.parametrize("field", sorted(set(TABLES) - {"base"}))
 def test_every_row_of_every_table_can_be_chosen(field):
     """By name; the base of a schedule is left out, since not every schedule can be one."""
-    start = find("classifier_free", tiny=True)
-    where = "" if field in ("system", "data") else "system."
+    start = find("classifier_guidance", tiny=True)
+    where = {
+        "system": "system",
+        "data": "data",
+        "features": "evaluation.features",
+        "weight": "system.loss.weight",
+    }.get(field, f"system.{field}")
     for kind, part in TABLES[field].items():
-        config, left = cli.exchange_parts(start, [f"--{where}{field}", kind, "--more"])
-        for name in (where + field).split("."):
+        config, left = cli.exchange_parts(start, [f"--{where}", kind, "--more"])
+        for name in where.split("."):
             config = getattr(config, name)
         assert type(config) is part and left == ["--more"]
 

@@ -14,7 +14,8 @@ PACKAGE = "diffusion_jax"
 BUILDING_BLOCKS = ("samplers", "guidance", "losses", "models", "training", "io", "data", "metrics")
 # Top-level names of the package that assemble the others; these alone may import everything.
 ASSEMBLY = (
-    "__init__", "__main__", "cli", "commands", "configuration", "experiment", "pretrained",
+    "__init__", "__main__", "cli", "commands", "configuration", "experiment", "features",
+    "pretrained",
 )  # fmt: skip
 
 # Layer -> the other layers it may import. Every layer may import itself.

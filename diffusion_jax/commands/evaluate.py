@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -12,32 +13,28 @@ import numpy as np
 
 import diffusion_jax
 from diffusion_jax.commands import figures
-from diffusion_jax.commands.run import (
-    build_stage,
-    check_same_model,
-    num_classes,
-    restore_params,
-)
-from diffusion_jax.commands.sample import make_sampler
-from diffusion_jax.commands.scores import (
-    Reference,
-    check_expected,
-    compare,
-    frame,
-    summary,
-    table,
-)
+from diffusion_jax.commands.gather import Gathered, gather
+from diffusion_jax.commands.run import check_same_model, num_classes, restore_params, stage_dir
+from diffusion_jax.commands.sample import make_batch_sampler
+from diffusion_jax.commands.scores import Real, check_expected, compare, frame, summary, table
 from diffusion_jax.configuration import to_dict
 from diffusion_jax.core.types import Params
-from diffusion_jax.data.sources import take
+from diffusion_jax.data.sources import Source
 from diffusion_jax.experiment import Experiment
-from diffusion_jax.guidance import ClassifierFree
+from diffusion_jax.guidance import Unguided
 from diffusion_jax.io.files import write_text
-from diffusion_jax.systems import Stage
+from diffusion_jax.metrics import load_reference, read_arrays, write_arrays
+from diffusion_jax.systems import System
+
+# Real images whose features are computed at once.
+_CHUNK = 512
 
 
-def real_data(experiment: Experiment) -> Reference:
-    """Training and held-out data of an experiment, with the data set's oracle if there is one.
+def real_data(experiment: Experiment, *, judged: bool | None = None) -> Real:
+    """What real training and held-out data look like, with the oracle if there is one.
+
+    Args:
+      judged: whether an oracle judges; None for where the system is told labels.
 
     Raises:
       ValueError: if the data has no split "test".
@@ -47,15 +44,29 @@ def real_data(experiment: Experiment) -> Reference:
             f"{type(experiment.data).__name__} has no held-out split to compare with; evaluate an "
             "experiment on digits, shapes or a TFDS set"
         )
-    splits = {}
+    labelled = num_classes(experiment) is not None
+    judged = labelled if judged is None else judged
+    fit = getattr(experiment.data, "oracle", None)
+    oracle = fit() if fit and judged else None
+    features = experiment.evaluation.features.build()
+    system = experiment.system
+    shape = (system.image_size, system.image_size, system.channels)
+    splits, labels = {}, []
     for split in ("train", "test"):
         source = replace(experiment.data, split=split).source()
-        keys = ("image",) if num_classes(experiment) is None else ("image", "label")
-        splits[split] = take(source, len(source), keys)
-        splits[split].setdefault("label", np.zeros(len(source), np.int32))
-    fit = getattr(experiment.data, "oracle", None)
-    conditional = num_classes(experiment) is not None
-    return Reference(splits["train"], splits["test"], fit() if fit and conditional else None)
+        chunks = _chunks(source, labelled or judged, labels if split == "train" else [])
+        splits[split] = gather(chunks, features=features, shape=shape, oracle=oracle)
+    return Real(splits["train"], splits["test"], np.concatenate(labels), features, oracle)
+
+
+def _chunks(
+    source: Source, labelled: bool, seen: list[np.ndarray]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for start in range(0, len(source), _CHUNK):
+        examples = [source[i] for i in range(start, min(start + _CHUNK, len(source)))]
+        labels = np.asarray([e["label"] if labelled else 0 for e in examples], np.int32)
+        seen.append(labels)
+        yield np.stack([example["image"] for example in examples]), labels
 
 
 def machine() -> dict[str, str]:
@@ -71,30 +82,58 @@ def machine() -> dict[str, str]:
 
 
 def draw_all(
-    experiment: Experiment, stage: Stage, params: Params, labels: np.ndarray
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Draws the evaluation's images, one set per guidance scale.
+    experiment: Experiment, system: System, params: Params, *, real: Real, folder: Path
+) -> Iterator[tuple[str, Gathered]]:
+    """Draws the evaluation's images, one set per guidance scale, batch by batch.
+
+    After every batch what is known so far is stored in `folder`, from where an interrupted
+    evaluation goes on.
 
     Yields:
-      (name of the row, images [N, H, W, C]): "scale 1", … or "samples" without guidance.
+      (name of the row, what was gathered): "scale 1", … or "samples" without guidance.
     """
-    config, sampler = experiment.evaluation, make_sampler(stage)
-    guided = isinstance(getattr(experiment.system, "guidance", None), ClassifierFree)
+    config, sampler = experiment.evaluation, make_batch_sampler(system)
+    count = config.num_samples or len(real.train_labels)
+    labels = np.resize(real.train_labels, count)
+    guided = not isinstance(getattr(experiment.system, "guidance", Unguided()), Unguided)
     for scale in config.scales if guided else (None,):
         name = "samples" if scale is None else f"scale {scale:g}"
-        images = sampler(
+        path = folder / f"{name.replace(' ', '_')}.npz"
+        gathered = Gathered.nothing(real.features.feature, real.train.images.shape[1:])
+        if path.exists():
+            gathered = gathered.resumed(read_arrays(path))
+        batches = sampler(
             params,
             {"label": labels},
             seed=config.seed,
             batch_size=config.batch_size,
+            first=gathered.count,
             guide=None if scale is None else experiment.system.guide(scale),
             progress=name,
         )
-        yield name, images
+        for images in batches:
+            asked = labels[gathered.count : gathered.count + len(images)]
+            gathered = gathered.update(images, asked, features=real.features, oracle=real.oracle)
+            write_arrays(path, gathered.to_dict())
+        yield name, gathered
+
+
+def _partial_folder(workdir: Path, settings: Mapping) -> Path:
+    """The folder of an unfinished evaluation, emptied if it was one with other settings."""
+    folder = workdir / "evaluation"
+    path = folder / "settings.json"
+    if path.exists() and json.loads(path.read_text()) != settings:
+        shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
+    write_text(path, json.dumps(settings, indent=2) + "\n")
+    return folder
 
 
 def evaluate(experiment: Experiment, workdir: Path) -> dict:
     """Draws, scores, and writes metrics.json with samples.png, guidance.png and loss.png.
+
+    Images are drawn over all devices and never held all at once. An evaluation that was
+    interrupted goes on after its last batch, with the same result.
 
     Returns:
       what metrics.json holds: settings, machine, seconds, rows and summary. Scores that are
@@ -105,10 +144,10 @@ def evaluate(experiment: Experiment, workdir: Path) -> dict:
         have no held-out split.
     """
     check_same_model(experiment, workdir)
-    stage = build_stage(experiment)
-    step, params = restore_params(workdir)
+    system = experiment.system.build()
+    steps, params = restore_params(workdir, system)
     values = to_dict(experiment)
-    settings = {"step": step, **{key: values[key] for key in ("system", "data", "evaluation")}}
+    settings = {"steps": steps, **{key: values[key] for key in ("system", "data", "evaluation")}}
     path = workdir / "metrics.json"
     if path.exists():
         report = json.loads(path.read_text())
@@ -120,27 +159,38 @@ def evaluate(experiment: Experiment, workdir: Path) -> dict:
 
     start = time.time()
     real = real_data(experiment)
-    count = experiment.evaluation.num_samples or len(real.train["image"])
-    labels = np.resize(real.train["label"], count)
-    rows, sheet = frame(real), None
-    for name, images in draw_all(experiment, stage, params, labels):
-        rows[name] = compare(images, labels, real)
-        if sheet is None or name == _shown(rows):
-            sheet = name, images
-    name, images = sheet
-    drawn = {"image": images, "label": labels}
-    figures.class_sheet(workdir / "samples.png", real.test, drawn, title=f"generated, {name}")
+    reference = experiment.evaluation.reference
+    reference = load_reference(reference) if reference else None
+    rows, shown = frame(real), None
+    folder = _partial_folder(workdir, settings)
+    for name, gathered in draw_all(experiment, system, params, real=real, folder=folder):
+        rows[name] = compare(gathered, real)
+        if reference is not None:
+            rows[name]["frechet_reference"] = gathered.stream.frechet(reference).value
+        if shown is None or name == _shown(rows):
+            shown = name, gathered
+    name, gathered = shown
+    figures.class_sheet(
+        workdir / "samples.png",
+        {"image": real.test.images, "label": real.test.labels},
+        {"image": gathered.images, "label": gathered.labels},
+        title=f"generated, {name}",
+    )
     if any(row.startswith("scale ") for row in rows):
         figures.guidance_curves(workdir / "guidance.png", rows)
-    figures.loss_curve(workdir / "loss.png", workdir / "metrics.jsonl")
+    for stage in system.stages:
+        run = stage_dir(workdir, system, stage)
+        figures.loss_curve(run / "loss.png", run / "metrics.jsonl")
     report = {
         "settings": settings,
+        "frechet": real.features.feature.frechet_label,
         "machine": machine(),
         "seconds": round(time.time() - start, 1),
         "rows": rows,
         "summary": summary(rows),
     }
     write_text(path, json.dumps(report, indent=2) + "\n")
+    shutil.rmtree(folder)
     return report
 
 
@@ -156,6 +206,7 @@ def show(report: dict, expected: Mapping[str, tuple[float, float]]) -> bool:
     Raises:
       ValueError: if an expected score was not measured.
     """
+    print(f"frechet: {report['frechet']}")
     print(table(report["rows"]))
     checked = check_expected(report["summary"], expected)
     for name, value, (low, high), inside in checked:

@@ -79,6 +79,31 @@ def class_sheet(
     plt.close(figure)
 
 
+def named_sheets(path: Path, sheets: Mapping[str, np.ndarray], *, columns: int) -> None:
+    """Sheets of images, one below the other, each with its name on the left.
+
+    Args:
+      sheets: images [N, H, W, C] in [-1, 1] by name.
+      columns: images in a row.
+    """
+    plt = pyplot()
+    pictures = [image_grid(_framed(images), columns=columns) for images in sheets.values()]
+    heights = [picture.shape[0] / picture.shape[1] for picture in pictures]
+    figure, axes = plt.subplots(
+        len(sheets),
+        1,
+        figsize=(6.0, 0.3 + 4.2 * sum(heights)),
+        height_ratios=heights,
+        layout="constrained",
+        squeeze=False,
+    )
+    for ax, name, picture in zip(axes[:, 0], sheets, pictures, strict=True):
+        _show(ax, picture)
+        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def guidance_curves(path: Path, rows: Mapping[str, Mapping[str, float]]) -> None:
     """Oracle accuracy, recall and Fréchet distance against guidance scale."""
     plt = pyplot()

@@ -5,7 +5,7 @@ from pathlib import Path
 from diffusion_jax.core.types import Params
 from diffusion_jax.experiment import Experiment, load
 from diffusion_jax.io.checkpoint import Checkpoints
-from diffusion_jax.systems import Stage
+from diffusion_jax.systems import Stage, System
 
 GRID_COLUMNS = 10
 
@@ -15,13 +15,13 @@ def num_classes(experiment: Experiment) -> int | None:
     return getattr(experiment.system, "num_classes", None)
 
 
-def build_stage(experiment: Experiment) -> Stage:
+def trained_stage(experiment: Experiment, system: System) -> Stage:
     """The stage that the experiment trains.
 
     Raises:
-      ValueError: if the system has no stage of that name, or its parts do not fit.
+      ValueError: if the system has no stage of that name.
     """
-    stages = experiment.system.build().stages
+    stages = system.stages
     if experiment.training.stage not in stages:
         raise ValueError(
             f"stage must be one of {sorted(stages)}, got {experiment.training.stage!r}"
@@ -34,6 +34,11 @@ def checkpoints(workdir: Path, max_to_keep: int = 2) -> Checkpoints:
     return Checkpoints(workdir / "checkpoints", max_to_keep=max_to_keep)
 
 
+def stage_dir(workdir: Path, system: System, stage: str) -> Path:
+    """Where a stage of a run lives: the working directory, or a folder in it if it has several."""
+    return workdir if len(system.stages) == 1 else workdir / stage
+
+
 # What a network was trained as; sampler, steps, guidance and threshold may be exchanged after.
 MODEL = (
     "image_size",
@@ -43,38 +48,42 @@ MODEL = (
     "parameterization",
     "time_input",
     "num_classes",
+    "class_conditional",
+    "classifier",
 )
 
 
 def check_same_model(experiment: Experiment, workdir: Path) -> None:
-    """Checks that an experiment means the network that a working directory holds.
+    """Checks that an experiment means the networks that a working directory holds.
 
     Raises:
-      ValueError: naming what differs, or if the directory holds no run.
+      ValueError: naming what differs, or if the directory does not hold every stage.
     """
-    path = workdir / "config.json"
-    if not path.exists():
-        raise ValueError(f"{workdir} holds no run: there is no {path}")
-    trained = load(path).system
-    if type(trained) is not type(experiment.system):
-        raise ValueError(
-            f"{workdir} was trained as {type(trained).__name__}, not as "
-            f"{type(experiment.system).__name__}; name the directory itself, not an experiment"
-        )
-    changed = [
-        name
-        for name in MODEL
-        if getattr(trained, name, None) != getattr(experiment.system, name, None)
-    ]
-    if changed:
-        raise ValueError(
-            f"{workdir} was trained with other values of {', '.join(changed)}; name the directory "
-            "itself, not an experiment, or repeat the options of its training"
-        )
+    system = experiment.system.build()
+    for stage in system.stages:
+        path = stage_dir(workdir, system, stage) / "config.json"
+        if not path.exists():
+            raise ValueError(f"{workdir} holds no run: there is no {path}")
+        trained = load(path).system
+        if type(trained) is not type(experiment.system):
+            raise ValueError(
+                f"{workdir} was trained as {type(trained).__name__}, not as "
+                f"{type(experiment.system).__name__}; name the directory itself, not an experiment"
+            )
+        changed = [
+            name
+            for name in MODEL
+            if getattr(trained, name, None) != getattr(experiment.system, name, None)
+        ]
+        if changed:
+            raise ValueError(
+                f"{path.parent} was trained with other values of {', '.join(changed)}; name the "
+                "directory itself, not an experiment, or repeat the options of its training"
+            )
 
 
-def restore_params(workdir: Path, kind: str = "ema") -> tuple[int, Params]:
-    """(step, parameters) of the newest checkpoint in a working directory.
+def restore_stage(folder: Path, kind: str = "ema") -> tuple[int, Params]:
+    """(step, parameters) of the newest checkpoint of one stage.
 
     Args:
       kind: "ema" for the averaged weights, "raw" for those of the last step.
@@ -82,11 +91,25 @@ def restore_params(workdir: Path, kind: str = "ema") -> tuple[int, Params]:
     Raises:
       ValueError: if there is no checkpoint.
     """
-    with checkpoints(workdir) as checkpointer:
+    with checkpoints(folder) as checkpointer:
         step = checkpointer.latest_step()
         if step is None:
             raise ValueError(
-                f"{workdir} has no checkpoint; train first: diffusion-jax train NAME "
-                f"--workdir {workdir}"
+                f"{folder} has no checkpoint; train first: diffusion-jax train NAME --workdir DIR"
             )
         return step, checkpointer.restore_params(kind=kind, step=step)
+
+
+def restore_params(
+    workdir: Path, system: System, kind: str = "ema"
+) -> tuple[dict[str, int], dict[str, Params]]:
+    """Steps and parameters of the newest checkpoint of every stage, by name.
+
+    Raises:
+      ValueError: if a stage has no checkpoint.
+    """
+    restored = {
+        stage: restore_stage(stage_dir(workdir, system, stage), kind) for stage in system.stages
+    }
+    steps = {stage: step for stage, (step, _) in restored.items()}
+    return steps, {stage: params for stage, (_, params) in restored.items()}

@@ -1,7 +1,7 @@
 """sample: images of a trained stage, as arrays and as PNG files that carry their settings."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 
 from diffusion_jax.commands.run import (
     GRID_COLUMNS,
-    build_stage,
     check_same_model,
     num_classes,
     restore_params,
@@ -22,23 +21,24 @@ from diffusion_jax.core.arrays import as_arrays, image_keys
 from diffusion_jax.core.types import Batch, Params
 from diffusion_jax.data.transforms import check_labels, image_grid
 from diffusion_jax.experiment import Experiment
-from diffusion_jax.systems import Stage
+from diffusion_jax.systems import Stage, System
 from diffusion_jax.systems.stage import validate
 from diffusion_jax.training.parallel import make_mesh, mesh_sample
 
 
-def make_sampler(stage: Stage) -> Callable[..., np.ndarray]:
-    """The stage's sampler, compiled once and run over every local device.
+def make_batch_sampler(model: Stage | System) -> Callable[..., Iterator[np.ndarray]]:
+    """The sampler of a stage or of a whole system, compiled once and run over every device.
 
     Returns:
-      (params, batch, *, seed, batch_size, guide=None, sampler=None, grid=None,
-      progress=None) -> images [N, H, W, C] float32. Image i depends on (seed, i) and on row i
-      of the batch, never on batch_size or the devices.
+      (params, batch, *, seed, batch_size, first=0, guide=None, sampler=None, grid=None,
+      progress=None) -> iterator over batches of images [B, H, W, C] float32, from image number
+      `first` on. Image i depends on (seed, i) and on row i of the batch, never on batch_size or
+      the devices.
     """
     mesh = make_mesh()
 
     def draw_batch(params, batch, keys, guide, sampler, grid):
-        return stage.sample(params, batch, keys, guide=guide, sampler=sampler, grid=grid)
+        return model.sample(params, batch, keys, guide=guide, sampler=sampler, grid=grid)
 
     compiled = mesh_sample(draw_batch, mesh)
 
@@ -48,25 +48,36 @@ def make_sampler(stage: Stage) -> Callable[..., np.ndarray]:
         *,
         seed: int,
         batch_size: int,
+        first: int = 0,
         guide: Any = None,
         sampler: Any = None,
         grid: Any = None,
         progress: str | None = None,
-    ) -> np.ndarray:
+    ) -> Iterator[np.ndarray]:
         total = len(batch["label"])
         whole = -(-min(batch_size, total) // mesh.size) * mesh.size
-        guide = as_arrays(stage.guide if guide is None else guide)
-        sampler = as_arrays(stage.sampler if sampler is None else sampler)
-        grid = stage.grid if grid is None else grid
-        images = []
-        for first in tqdm(range(0, total, whole), progress, disable=progress is None, leave=False):
-            indices = np.arange(first, first + whole)
+        guide = as_arrays(model.guide if guide is None else guide)
+        sampler = as_arrays(model.sampler if sampler is None else sampler)
+        grid = model.grid if grid is None else grid
+        starts = range(first, total, whole)
+        for start in tqdm(starts, progress, disable=progress is None, leave=False):
+            indices = np.arange(start, start + whole)
             # The last batch is filled up to the compiled shape, and cut again below.
             rows = np.minimum(indices, total - 1)
             part = {name: jnp.asarray(values[rows]) for name, values in batch.items()}
             keys = image_keys(seed, indices)
-            images.append(np.asarray(compiled(params, part, keys, guide, sampler, grid)))
-        return np.concatenate(images)[:total]
+            images = compiled(params, part, keys, guide, sampler, grid)
+            yield np.asarray(images)[: total - start]
+
+    return sample
+
+
+def make_sampler(model: Stage | System) -> Callable[..., np.ndarray]:
+    """`make_batch_sampler` whose batches are joined to images [N, H, W, C]."""
+    batches = make_batch_sampler(model)
+
+    def sample(params: Params, batch: Batch, **options: Any) -> np.ndarray:
+        return np.concatenate(list(batches(params, batch, **options)))
 
     return sample
 
@@ -136,9 +147,9 @@ def draw(
     guide = None if scale is None else system.guide(scale)
     validate(guide)
     check_same_model(config, workdir)
-    stage = build_stage(config)
-    step, params = restore_params(workdir)
-    images = make_sampler(stage)(
+    built = system.build()
+    step, params = restore_params(workdir, built)
+    images = make_sampler(built)(
         params,
         {"label": chosen},
         seed=seed,

@@ -1,100 +1,85 @@
 """Scores of generated images against real ones, and the table that shows them."""
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from diffusion_jax.metrics.frechet import GaussianStats, frechet_distance
-from diffusion_jax.metrics.manifold import nearest_ratio, precision_recall
-
-# Pixel features: the covariance is dense and its eigenvalues are found in float64 on the host.
-MAX_PIXELS = 4096
-# Precision and recall compare every image with every other one.
-MAX_MANIFOLD = 10_000
+from diffusion_jax.commands.gather import Gathered, gather
+from diffusion_jax.metrics import (
+    FeatureFn,
+    frechet_distance,
+    nearest_ratio,
+    precision_recall,
+    squared_mmd,
+)
 
 
 @dataclass(frozen=True)
-class Reference:
+class Real:
     """Real data to compare with.
 
     Attributes:
-      train, test: image [N, H, W, C] and label [N] of both splits.
-      oracle: a classifier with `accuracy(images, labels)`, or None.
+      train, test: what was gathered of both splits.
+      train_labels: [N] of all training images: the shares in which classes are drawn.
+      features: what images are compared by.
+      oracle: a classifier with `predict(images)`, or None.
     """
 
-    train: Mapping[str, np.ndarray]
-    test: Mapping[str, np.ndarray]
+    train: Gathered
+    test: Gathered
+    train_labels: np.ndarray
+    features: FeatureFn
     oracle: Any = None
 
-    @functools.cached_property
-    def stats(self) -> dict[str, GaussianStats]:
-        """Mean and covariance of the pixels of both splits."""
-        splits = {"train": self.train, "test": self.test}
-        return {name: GaussianStats.of(_flat(split["image"])) for name, split in splits.items()}
+    def score(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """The scores of images [N, H, W, C] drawn for labels [N], see `compare`."""
+        gathered = gather(
+            [(images, labels)],
+            features=self.features,
+            shape=images.shape[1:],
+            oracle=self.oracle,
+        )
+        return compare(gathered, self)
 
 
-def _flat(images: np.ndarray) -> np.ndarray:
-    return images.reshape(len(images), -1)
-
-
-def compare(images: np.ndarray, labels: np.ndarray, reference: Reference) -> dict[str, float]:
-    """Scores of images against real training and held-out data, with pixels as features.
-
-    Args:
-      images: [N, H, W, C] in [-1, 1].
-      labels: [N], what was asked for.
-      reference: real data.
+def compare(drawn: Gathered, real: Real) -> dict[str, float]:
+    """Scores of images against real training and held-out data.
 
     Returns:
-      num_samples; frechet_train and frechet_test: Fréchet distance to both splits (over
-      pixels, not FID); precision and recall against equally many training images, at most
-      10,000;
-      nearest_ratio: median distance to the nearest training image over that of held-out
-      images; accuracy if there is an oracle.
-
-    Raises:
-      ValueError: if an image has more than 4096 values.
+      num_samples; frechet_train and frechet_test: Fréchet distance to both splits over the
+      features that were gathered; kernel_train: squared kernel distance (MMD²) to the training
+      split, unbiased, over the images that were kept; precision and recall against equally many
+      training images, at most 10,000; nearest_ratio: median distance to the nearest training
+      image over that of held-out images; accuracy if there is an oracle.
     """
-    fake, train, test = (
-        _flat(images),
-        _flat(reference.train["image"]),
-        _flat(reference.test["image"]),
-    )
-    if fake.shape[1] > MAX_PIXELS:
-        raise ValueError(
-            f"pixel features of {fake.shape[1]} values are too many (at most {MAX_PIXELS}); "
-            "evaluate a system with smaller images"
-        )
-    count = min(len(fake), len(train), MAX_MANIFOLD)
-    stats = GaussianStats.of(fake)
+    fake, train, test = (g.stream.features for g in (drawn, real.train, real.test))
+    count = min(len(fake), len(train))
     manifold = precision_recall(train[:count], fake[:count], k=3)
     scores = {
-        "num_samples": len(fake),
-        "frechet_train": frechet_distance(stats, reference.stats["train"]),
-        "frechet_test": frechet_distance(stats, reference.stats["test"]),
+        "num_samples": drawn.count,
+        "frechet_train": frechet_distance(drawn.stream.stats, real.train.stream.stats),
+        "frechet_test": frechet_distance(drawn.stream.stats, real.test.stream.stats),
+        "kernel_train": squared_mmd(fake, train),
         "precision": manifold.precision,
         "recall": manifold.recall,
         "nearest_ratio": nearest_ratio(fake, train, test),
     }
-    if reference.oracle is not None:
-        scores["accuracy"] = reference.oracle.accuracy(images, labels)
+    if real.oracle is not None:
+        scores["accuracy"] = drawn.correct / drawn.count
     return {name: float(value) for name, value in scores.items()}
 
 
-def frame(reference: Reference) -> dict[str, dict[str, float]]:
+def frame(real: Real) -> dict[str, dict[str, float]]:
     """The rows that frame a table: real held-out data as ceiling, shuffled labels as floor."""
-    test = reference.test
-    held_out = compare(test["image"], test["label"], reference)
+    held_out = compare(real.test, real)
     # Compared with themselves they would score perfectly; precision and recall depend on the
     # number of images, which is another one than that of the generated.
     meaningless = ("frechet_test", "precision", "recall")
     rows = {"held-out": {k: v for k, v in held_out.items() if k not in meaningless}}
-    if reference.oracle is not None:
-        shuffled = np.random.default_rng(0).permutation(test["label"])
-        rows["shuffled labels"] = {"accuracy": reference.oracle.accuracy(test["image"], shuffled)}
+    if real.oracle is not None:
+        rows["shuffled labels"] = {"accuracy": real.test.correct_shuffled / real.test.count}
     return rows
 
 

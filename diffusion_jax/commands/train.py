@@ -9,11 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.commands.run import GRID_COLUMNS, build_stage, checkpoints, num_classes
+from diffusion_jax.commands.run import (
+    GRID_COLUMNS,
+    checkpoints,
+    num_classes,
+    stage_dir,
+    trained_stage,
+)
 from diffusion_jax.commands.sample import make_sampler
 from diffusion_jax.configuration import to_dict
 from diffusion_jax.core.params import by_glob
-from diffusion_jax.core.types import Logger, Params
+from diffusion_jax.core.types import AdaptiveLoss, Logger, Params
 from diffusion_jax.data.pipeline import batches
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import check_images, check_labels, image_grid
@@ -83,7 +89,10 @@ def check_loss(stage: Stage, shapes: Params, experiment: Experiment) -> None:
         "label": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
     keys = jax.eval_shape(lambda: step_keys(jax.random.key(0), 0, size))
-    jax.eval_shape(stage.loss, shapes, batch, keys)
+    if isinstance(stage.loss, AdaptiveLoss):
+        jax.eval_shape(stage.loss.apply, shapes, batch, keys, jax.eval_shape(stage.loss.init))
+    else:
+        jax.eval_shape(stage.loss, shapes, batch, keys)
 
 
 def _claim(workdir: Path, experiment: Experiment) -> None:
@@ -152,10 +161,10 @@ def _eval_hook(experiment: Experiment, stage: Stage, loggers: Sequence[Logger]) 
 
 
 def train(experiment: Experiment, workdir: Path) -> TrainState:
-    """Trains, going on from the newest checkpoint in `workdir`.
+    """Trains one stage, going on from its newest checkpoint in `workdir`.
 
-    Writes config.json, checkpoints/, metrics.jsonl with sample grids, and TensorBoard events
-    if asked for.
+    Writes config.json, checkpoints/, metrics.jsonl with sample grids, and TensorBoard events if
+    asked for; into a folder named as the stage where the system has several stages.
 
     Returns:
       the last state.
@@ -164,7 +173,9 @@ def train(experiment: Experiment, workdir: Path) -> TrainState:
       ValueError: if experiment, data, devices or directory do not fit.
     """
     config = experiment.training
-    stage = build_stage(experiment)
+    system = experiment.system.build()
+    stage = trained_stage(experiment, system)
+    workdir = stage_dir(workdir, system, config.stage)
     source = experiment.data.source()
     check_fit(experiment, source)
     key = jax.random.key(config.seed)
@@ -186,7 +197,9 @@ def train(experiment: Experiment, workdir: Path) -> TrainState:
     tx = experiment.optimizer.build()
     step = make_train_step(stage.loss, tx, ema=config.ema, accumulate=config.accumulate)
     key_init, key_train = jax.random.split(key)
-    state = TrainState.create(jax.jit(stage.init)(key_init), tx, trainable=config.trainable)
+    state = TrainState.create(
+        jax.jit(stage.init)(key_init), tx, trainable=config.trainable, loss=stage.loss
+    )
     try:
         with checkpoints(workdir, config.max_to_keep) as checkpointer:
             return fit(
@@ -203,7 +216,7 @@ def train(experiment: Experiment, workdir: Path) -> TrainState:
                 ),
                 checkpointer=checkpointer,
                 loggers=loggers,
-                on_eval=_eval_hook(experiment, stage, loggers),
+                on_eval=_eval_hook(experiment, stage, loggers) if stage.sample else None,
             )
     finally:
         for logger in loggers:

@@ -75,7 +75,9 @@ def halves(x: Array) -> tuple[Array, Array]:
 
 
 def as_arrays(tree: Any) -> Any:
-    """Every leaf of a sampler, guidance or grid as a strongly typed array; integers stay int32.
+    """Every leaf of a sampler, guidance or grid as a strongly typed array.
+
+    Integer arrays become int32, masks stay bool, everything else becomes float32.
 
     A Python float, an int and a float32 array would each compile the same function again;
     after this they are one.
@@ -84,6 +86,8 @@ def as_arrays(tree: Any) -> Any:
     """
 
     def convert(leaf):
+        if jnp.result_type(leaf) == jnp.bool_ and not isinstance(leaf, bool):
+            return jnp.asarray(leaf)
         if jnp.issubdtype(jnp.result_type(leaf), jnp.integer) and not isinstance(leaf, int):
             return jnp.asarray(leaf, jnp.int32)
         return jnp.asarray(leaf, jnp.float32)

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, replace
 
 from diffusion_jax.conditioners import label, with_dropout
-from diffusion_jax.guidance import Chain, ClassifierFree
+from diffusion_jax.guidance import Chain, ClassifierFree, Unguided
 from diffusion_jax.systems.cascade import System, single
 from diffusion_jax.systems.ddpm import DDPMSystem
 from diffusion_jax.systems.parts import GuidancePart
-from diffusion_jax.systems.stage import diffusion_stage
+from diffusion_jax.systems.stage import diffusion_stage, ends_without_signal
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,22 @@ class ClassifierFreeSystem(DDPMSystem):
         """Guidance, then threshold; `scale` replaces the configured one.
 
         Raises:
-          ValueError: if a scale is given and the guidance has none.
+          ValueError: if a scale is given and the guidance has none, or it is of another system.
         """
         guidance = self.guidance
+        if not isinstance(guidance, Unguided | ClassifierFree):
+            raise ValueError(
+                f"this system has no classifier for {type(guidance).__name__}; choose the "
+                "guidance 'classifier_free' or 'none'"
+            )
+        rescaled_eps = getattr(guidance, "rescale_in", None) == "eps"
+        if rescaled_eps and ends_without_signal(self.schedule):
+            raise ValueError(
+                "rescale_in 'eps' divides by alpha, which is 0 at the end of this schedule; "
+                "choose 'v' or 'x0'"
+            )
         if scale is not None:
-            if not isinstance(guidance, ClassifierFree):
+            if isinstance(guidance, Unguided):
                 raise ValueError(f"{type(guidance).__name__} has no scale to set to {scale}")
             guidance = replace(guidance, scale=float(scale))
         return Chain((guidance, self.threshold))

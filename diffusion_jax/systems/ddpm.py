@@ -7,15 +7,18 @@ from diffusion_jax.core.parameterization import Eps
 from diffusion_jax.core.schedules import Linear
 from diffusion_jax.core.timesteps import Steps
 from diffusion_jax.guidance import StaticThreshold
+from diffusion_jax.losses import ScheduleTimes, Simple
 from diffusion_jax.models import UNetConfig
 from diffusion_jax.samplers import DDPM
 from diffusion_jax.systems.cascade import System, single
 from diffusion_jax.systems.parts import (
+    LossPart,
     NetworkPart,
     ParameterizationPart,
     SamplerPart,
     SchedulePart,
     ThresholdPart,
+    TimesPart,
     time_input,
 )
 from diffusion_jax.systems.stage import diffusion_stage
@@ -31,7 +34,11 @@ class DDPMSystem:
       network: what predicts; its number of output channels must be `channels`.
       schedule: from data to noise.
       parameterization: what the network predicts.
-      time_input: what the network is told about the level: "t", "scaled_t" or "edm".
+      time_input: what the network is told about the level: "t", "rescaled_t", "scaled_t" or
+        "edm", see `parts.time_input`.
+      loss: what the network is trained with; "hybrid" and "vlb" learn the variance, and the
+        network then has twice as many output channels.
+      times: how times are drawn in training.
       sampler: used where a call gives none.
       steps: the grid used where a call gives none.
       threshold: applied to every x̂0; the released DDPM code clips.
@@ -46,6 +53,8 @@ class DDPMSystem:
     schedule: SchedulePart = Linear()
     parameterization: ParameterizationPart = Eps()
     time_input: str = "t"
+    loss: LossPart = Simple()
+    times: TimesPart = ScheduleTimes()
     sampler: SamplerPart = DDPM(variance="large")
     steps: Steps = Steps(num_steps=1000)
     threshold: ThresholdPart = StaticThreshold()
@@ -69,7 +78,9 @@ class DDPMSystem:
             "network": self.network.build(dtype=self.dtype),
             "schedule": self.schedule,
             "parameterization": self.parameterization,
-            "time_input": time_input(self.time_input),
+            "time_input": time_input(self.time_input, self.schedule),
+            "loss": self.loss,
+            "times": self.times,
             "sampler": self.sampler,
             "grid": self.steps.grid(self.schedule),
             "shape": (self.image_size, self.image_size, self.channels),

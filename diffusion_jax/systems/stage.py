@@ -18,13 +18,15 @@ from diffusion_jax.core.denoiser import (
     network_time,
     scaled_time,
 )
-from diffusion_jax.core.parameterization import EDMPreconditioning, Eps, Parameterization
+from diffusion_jax.core.parameterization import EDMPreconditioning, Eps, Parameterization, Score
 from diffusion_jax.core.schedules import EDM, NoiseSchedule
 from diffusion_jax.core.timesteps import Grid
-from diffusion_jax.core.types import Array, Batch, Key, LossFn, NoiseLevel, Params
+from diffusion_jax.core.types import AdaptiveLoss, Array, Batch, Key, LossFn, NoiseLevel, Params
 from diffusion_jax.guidance import Guide, Unguided
-from diffusion_jax.losses import simple
+from diffusion_jax.losses import Loss, ScheduleTimes, Simple, Times
+from diffusion_jax.losses.importance import AdaptiveDiffusionLoss
 from diffusion_jax.samplers import Sampler, initial_noise, sample
+from diffusion_jax.samplers.base import Denoise
 from diffusion_jax.systems.codec import PIXELS, Codec
 
 
@@ -49,37 +51,47 @@ class SampleFn(Protocol):
 
 
 class Stage(NamedTuple):
-    """One trainable diffusion model.
+    """One trainable model.
 
     Attributes:
-      init: key -> params {"network", "conditioner", "codec"}.
+      init: key -> params; of a diffusion model {"network", "conditioner", "codec"}.
       loss: training loss on a batch with "image".
-      sample: draws one image per key.
+      sample: draws one image per key; None for a model that draws nothing, a classifier.
+      denoiser: (params, batch, guide=None) -> (x, level) -> Prediction with the conditions
+        bound, for samplers and likelihoods of one's own; None where there is no `sample`.
       guide, sampler, grid: what `sample` uses where nothing is given.
     """
 
     init: Callable[[Key], Params]
-    loss: LossFn
-    sample: SampleFn
-    guide: Guide
-    sampler: Sampler
-    grid: Grid
+    loss: LossFn | AdaptiveLoss
+    sample: SampleFn | None = None
+    denoiser: Callable[..., Denoise] | None = None
+    guide: Guide | None = None
+    sampler: Sampler | None = None
+    grid: Grid | None = None
+
+
+def ends_without_signal(schedule: NoiseSchedule) -> bool:
+    """Whether alpha is 0 at the noisiest time (zero terminal SNR, flow matching)."""
+    return float(schedule(np.asarray(schedule.t_max)).alpha) == 0.0
 
 
 def _check_path(
     schedule: NoiseSchedule, parameterization: Parameterization, time_input: Callable
 ) -> None:
     """Refuses combinations that divide by zero or hide the time from the network."""
-    no_signal = float(schedule(np.asarray(schedule.t_max)).alpha) == 0.0
-    if no_signal and isinstance(parameterization, Eps | EDMPreconditioning):
+    no_signal = ends_without_signal(schedule)
+    if no_signal and isinstance(parameterization, Eps | Score | EDMPreconditioning):
         raise ValueError(
             f"{type(parameterization).__name__} divides by alpha, which is 0 at the end of this "
-            "schedule (zero terminal SNR); choose the parameterization 'v' or 'x0'"
+            "schedule (zero terminal SNR); choose the parameterization 'v', 'flow' or 'x0'"
         )
-    if isinstance(schedule, EDM) or no_signal:
-        fits = (edm_time,) if isinstance(schedule, EDM) else (network_time,)
+    if isinstance(schedule, EDM):
+        fits = (edm_time,)
     else:
-        fits = (edm_time, network_time if schedule.num_timesteps else scaled_time)
+        fits = (network_time if schedule.num_timesteps else scaled_time,)
+        # log-SNR is infinite where there is no signal.
+        fits += () if no_signal else (edm_time,)
     if time_input in (network_time, scaled_time, edm_time) and time_input not in fits:
         names = [name for name, function in TIME_INPUTS.items() if function in fits]
         raise ValueError(
@@ -88,11 +100,12 @@ def _check_path(
         )
 
 
-def _check_variance(sampler: Sampler, learned_variance: bool) -> None:
-    if getattr(sampler, "variance", None) == "learned_range" and not learned_variance:
+def _check_variance(sampler: Sampler, learned_variance: str | None) -> None:
+    needed = {"learned_range": "range", "learned": "log"}.get(getattr(sampler, "variance", ""))
+    if needed is not None and needed != learned_variance:
         raise ValueError(
-            "the sampler's variance 'learned_range' needs a network that learns the variance; "
-            "choose 'small' or 'large'"
+            f"the sampler's variance {sampler.variance!r} needs a loss that learns the variance as "
+            f"{needed!r}, such as 'hybrid'; choose that loss, or the variance 'small' or 'large'"
         )
 
 
@@ -103,7 +116,8 @@ def validate(*parts: object) -> None:
             part.validate()
 
 
-def _check_image(image: Array, shape: tuple[int, ...]) -> None:
+def check_image(image: Array, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless the images [B, ...] have the system's shape."""
     if tuple(image.shape[1:]) != tuple(shape):
         raise ValueError(
             f"expected images of shape [B, {', '.join(map(str, shape))}], got "
@@ -122,31 +136,34 @@ def diffusion_stage(
     shape: tuple[int, ...],
     codec: Codec = PIXELS,
     guide: Guide = Unguided(),
-    loss: Callable = simple,
+    loss: Loss = Simple(),
+    times: Times = ScheduleTimes(),
     time_input: Callable[[NoiseLevel], Array] = network_time,
-    learned_variance: bool = False,
 ) -> Stage:
     """Assembles a stage; the only place where the parts meet.
 
     Args:
       network: linen module called as (x, t, cond, *, keys=None).
       shape: of one x0, for example (32, 32, 3).
-      loss: (network, schedule, parameterization, *, time_input) -> loss on x0.
+      loss: what the network is trained with; it says whether the variance is learned.
+      times: how times are drawn in training.
 
     Raises:
       ValueError: if schedule, parameterization, time input and sampler do not fit each
         other, or a knob is out of range.
     """
     _check_path(schedule, parameterization, time_input)
-    _check_variance(sampler, learned_variance)
+    _check_variance(sampler, loss.learned_variance)
     validate(sampler, guide)
 
     def apply(params, x, t, cond, *, keys=None):
         return network.apply({"params": params}, x, t, cond, keys=keys)
 
-    x0_loss = loss(apply, schedule, parameterization, time_input=time_input)
+    x0_loss = times.wrap(
+        loss.per_example(apply, schedule, parameterization, time_input=time_input), schedule
+    )
     denoiser = make_denoiser(
-        apply, parameterization, time_input=time_input, learned_variance=learned_variance
+        apply, parameterization, time_input=time_input, learned_variance=loss.learned_variance
     )
     default_guide, default_sampler, default_grid = guide, sampler, grid
 
@@ -162,27 +179,40 @@ def diffusion_stage(
             "codec": codec.init(key_codec),
         }
 
-    def stage_loss(params: Params, batch: Batch, keys: Key):
+    def prepared(params: Params, batch: Batch, keys: Key):
+        """The arguments of the loss on x0: network params, x0, condition, keys."""
         x0 = codec.encode(params["codec"], batch["image"], fold_in_each(keys, 0))
-        _check_image(x0, shape)
+        check_image(x0, shape)
         cond = conditioner.apply(params["conditioner"], batch, fold_in_each(keys, 1))
-        return x0_loss(params["network"], x0, cond, fold_in_each(keys, 2))
+        return params["network"], x0, cond, fold_in_each(keys, 2)
 
-    def stage_sample(params, batch, keys, *, guide=None, sampler=None, grid=None):
-        guide = as_arrays(default_guide if guide is None else guide)
-        sampler = as_arrays(default_sampler if sampler is None else sampler)
+    if isinstance(x0_loss, AdaptiveDiffusionLoss):
+        adaptive = x0_loss
+
+        def apply_with_memory(params, batch, keys, memory):
+            network_params, x0, cond, loss_keys = prepared(params, batch, keys)
+            return adaptive.apply(network_params, x0, cond, loss_keys, memory)
+
+        stage_loss = AdaptiveLoss(adaptive.init, apply_with_memory, adaptive.update)
+    else:
+        plain = x0_loss
+
+        def stage_loss(params, batch, keys):
+            return plain(*prepared(params, batch, keys))
+
+    def stage_denoiser(params: Params, batch: Batch, guide: Guide | None = None) -> Denoise:
+        chosen: Guide = as_arrays(default_guide if guide is None else guide)
         cond = conditioner.apply(params["conditioner"], batch, None)
         null = conditioner.null(params["conditioner"], batch)
-        denoise = guide(denoiser(params["network"]), null)
+        denoise = chosen(denoiser(params["network"]), null)
+        return lambda x, level: denoise(x, level, cond)
+
+    def stage_sample(params, batch, keys, *, guide=None, sampler=None, grid=None):
+        sampler = as_arrays(default_sampler if sampler is None else sampler)
         grid = default_grid if grid is None else grid
         std = schedule.prior_std(grid.level(grid.start))
-        x0, _ = sample(
-            sampler,
-            lambda x, level: denoise(x, level, cond),
-            grid,
-            initial_noise(keys, shape, std),
-            keys,
-        )
+        denoise = stage_denoiser(params, batch, guide)
+        x0, _ = sample(sampler, denoise, grid, initial_noise(keys, shape, std), keys)
         return codec.decode(params["codec"], x0)
 
-    return Stage(init, stage_loss, stage_sample, guide, sampler, grid)
+    return Stage(init, stage_loss, stage_sample, stage_denoiser, guide, sampler, grid)

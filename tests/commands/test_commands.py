@@ -1,6 +1,7 @@
 """Train, go on, sample and evaluate: the commands on real digits with a tiny network."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import jax
@@ -12,14 +13,15 @@ from diffusion_jax import cli
 from diffusion_jax.commands import evaluate as evaluate_command
 from diffusion_jax.commands import figures
 from diffusion_jax.commands import train as train_command
-from diffusion_jax.commands.run import restore_params
+from diffusion_jax.commands.run import restore_stage
 from diffusion_jax.commands.scores import check_expected, summary, table
 from diffusion_jax.core.timesteps import Steps
 from diffusion_jax.data import Digits, ShapesData
 from diffusion_jax.data.sources import Arrays
-from diffusion_jax.experiment import Evaluation, Training, find
+from diffusion_jax.experiment import Evaluation, Training, find, find_stages
 from diffusion_jax.io.files import write_text
-from diffusion_jax.models import MLPConfig
+from diffusion_jax.metrics import GaussianStats, Pixels, save_reference
+from diffusion_jax.models import MLPClassifierConfig, MLPConfig
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +60,7 @@ def rows_of(folder):
 
 def test_a_run_leaves_configuration_checkpoint_log_and_sample_grid(experiment, workdir):
     assert find(str(workdir)) == experiment
-    assert restore_params(workdir)[0] == 4
+    assert restore_stage(workdir)[0] == 4
     assert [step for step, _ in rows_of(workdir)] == [2, 4]
     picture = Image.open(workdir / "metrics.images" / "samples_00000004.png")
     assert picture.size == (10 * 8, 4 * 8)
@@ -104,9 +106,61 @@ def test_evaluation_scores_draws_and_is_not_repeated(workdir, capsys):
     assert report["rows"]["shuffled labels"]["accuracy"] <= 0.2
     for name in ("samples", "guidance", "loss"):
         assert Image.open(workdir / f"{name}.png").size[0] > 300
+    assert report["frechet"] == "Fréchet distance over pixels"
+    assert not (workdir / "evaluation").exists()
     before = (workdir / "metrics.json").stat().st_mtime_ns
     assert cli.main(["evaluate", str(workdir)]) == 1
     assert (workdir / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(workdir, tmp_path, monkeypatch):
+    """Stopped after its second batch of five; what was drawn is not drawn again."""
+    shutil.copytree(workdir, tmp_path / "run")
+    run = tmp_path / "run"
+    (run / "metrics.json").unlink(missing_ok=True)
+    call = ["evaluate", str(run), "--num-samples", "150", "--evaluation.batch-size", "30"]
+    assert cli.main(call) == 1
+    whole = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").unlink()
+
+    written, original = [], evaluate_command.write_arrays
+
+    def stop_after_two(path, arrays):
+        original(path, arrays)
+        written.append(int(arrays["count"]))
+        if len(written) == 2:
+            raise KeyboardInterrupt("stopped")
+
+    monkeypatch.setattr(evaluate_command, "write_arrays", stop_after_two)
+    assert cli.main(call) == 130
+    assert cli.main(call) == 1
+    assert written == [30, 60, 90, 120, 150] + [30, 60, 90, 120, 150]
+    parts = json.loads((run / "metrics.json").read_text())
+    assert parts["rows"] == whole["rows"]
+    assert parts["rows"]["scale 1"]["num_samples"] == 150
+
+
+def test_a_partial_evaluation_with_other_settings_is_thrown_away(tmp_path):
+    folder = evaluate_command._partial_folder(tmp_path, {"seed": 1})
+    (folder / "scale_1.npz").write_text("old")
+    assert (evaluate_command._partial_folder(tmp_path, {"seed": 1}) / "scale_1.npz").exists()
+    assert not (evaluate_command._partial_folder(tmp_path, {"seed": 2}) / "scale_1.npz").exists()
+
+
+def test_a_reference_file_gives_one_more_distance(workdir, tmp_path, capsys):
+    stats = GaussianStats.of(np.random.default_rng(0).standard_normal((70, 64)))
+    pixels = Pixels().feature
+    path = tmp_path / "reference.npz"
+    save_reference(path, stats, feature=pixels, image_size=(8, 8), source="noise")
+    shutil.copytree(workdir, tmp_path / "run")
+    call = ["evaluate", str(tmp_path / "run"), "--num-samples", "100"]
+    assert cli.main([*call, "--evaluation.reference", str(path)]) == 1
+    rows = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]
+    assert rows["scale 1"]["frechet_reference"] > 1.0
+    capsys.readouterr()
+    save_reference(path, stats, feature=pixels, image_size=(4, 16), source="noise")
+    assert cli.main([*call, "--evaluation.reference", str(path), "--evaluation.seed", "5"]) == 2
+    assert "do not compare" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -223,10 +277,71 @@ def test_the_number_of_classes_must_agree(experiment, tmp_path):
 def test_data_without_a_held_out_split_cannot_be_compared(experiment):
     with pytest.raises(ValueError, match="no held-out split"):
         evaluate_command.real_data(replace(experiment, data=Fixed(source_of(GOOD))))
+    shapes = replace(experiment, data=ShapesData(image_size=8, num_examples=5))
+    with pytest.raises(ValueError, match=r"expected images \(8, 8, 1\), got \(8, 8, 3\)"):
+        evaluate_command.real_data(shapes)
     reference = evaluate_command.real_data(
-        replace(experiment, data=ShapesData(image_size=8, num_examples=5))
+        replace(shapes, system=replace(experiment.system, channels=3))
     )
-    assert reference.oracle is None and len(reference.test["image"]) == 5
+    assert reference.oracle is None and reference.test.count == 5
+
+
+@pytest.fixture(scope="module")
+def two_stages(tmp_path_factory):
+    """A run of classifier guidance: four steps of the base, four of the classifier."""
+    folder, data = tmp_path_factory.mktemp("stages"), tmp_path_factory.mktemp("data")
+    training = Training(num_steps=4, batch_size=8, log_every=2, checkpoint_every=4)
+    for stage, tiny in find_stages("classifier_guidance", tiny=True).items():
+        system = replace(
+            tiny.system,
+            network=MLPConfig(width=16, depth=1),
+            classifier=MLPClassifierConfig(width=16, depth=1),
+            steps=Steps(num_steps=2, max_steps=4),
+        )
+        small = replace(
+            tiny,
+            system=system,
+            data=Digits(data_dir=str(data)),
+            training=replace(training, stage=stage),
+            evaluation=Evaluation(num_samples=100, scales=(0.0, 3.0), batch_size=100),
+            expected={},
+        )
+        train_command.train(small, folder)
+    return folder
+
+
+def test_every_stage_of_a_run_has_a_folder_of_its_own(two_stages):
+    assert list(find_stages(str(two_stages))) == ["base", "classifier"]
+    for stage in ("base", "classifier"):
+        assert restore_stage(two_stages / stage)[0] == 4
+    rows = (two_stages / "classifier" / "metrics.jsonl").read_text().splitlines()
+    assert "accuracy" in json.loads(rows[-1])
+    # Under the same command it is finished, so nothing is trained again.
+    assert cli.main(["train", str(two_stages)]) == 0
+
+
+def test_all_stages_sample_and_are_evaluated_together(two_stages, tmp_path):
+    call = ["sample", str(two_stages), "--num-images", "4", "--out", str(tmp_path)]
+    assert cli.main([*call, "--scale", "2"]) == 0
+    guided = read(tmp_path)
+    assert cli.main([*call, "--scale", "0"]) == 0
+    assert guided.shape == (4, 8, 8) and (guided != read(tmp_path)).any()
+    assert cli.main(["evaluate", str(two_stages)]) == 0
+    rows = json.loads((two_stages / "metrics.json").read_text())["rows"]
+    assert {"scale 0", "scale 3"} <= set(rows) and "accuracy" in rows["scale 3"]
+
+
+def test_options_of_a_stage_need_its_name(two_stages, capsys):
+    assert cli.main(["train", str(two_stages), "--training.num-steps", "5"]) == 2
+    assert "choose one with --stage" in capsys.readouterr().err
+    assert cli.main(["train", str(two_stages), "--stage", "upsampler"]) == 2
+    assert "no stage 'upsampler'" in capsys.readouterr().err
+
+
+def test_a_run_that_lacks_a_stage_is_not_sampled(two_stages, tmp_path, capsys):
+    shutil.copytree(two_stages / "base", tmp_path / "run" / "base")
+    assert cli.main(["sample", str(tmp_path / "run"), "--num-images", "1"]) == 2
+    assert "classifier" in capsys.readouterr().err
 
 
 def test_summary_finds_the_best_scale_and_the_fall_of_recall():

@@ -80,3 +80,21 @@ def test_the_oracle_knows_held_out_digits(oracle, splits):
 def test_the_oracle_refuses_other_shapes(oracle, images, labels, message):
     with pytest.raises(ValueError, match=message):
         oracle.accuracy(images, labels)
+
+
+def test_the_oracle_is_sure_of_digits_and_not_of_gaussian_noise_with_their_moments(oracle, splits):
+    """Images that have the mean and covariance of digits, and so a Fréchet distance near 0."""
+    train, test = splits["train"]["image"], splits["test"]["image"]
+    flat = train.reshape(len(train), -1)
+    rng = np.random.default_rng(0)
+    fit = rng.multivariate_normal(flat.mean(0), np.cov(flat.T), 500).reshape(-1, 8, 8, 1)
+    assert np.mean(oracle.confidence(test) >= 0.8) >= 0.95
+    assert np.mean(oracle.confidence(fit) >= 0.8) <= 0.7
+
+
+def test_the_oracle_is_calibrated(oracle, splits):
+    """A probability of p between two digits is right in about a share p of held-out digits."""
+    test = splits["test"]
+    sure = oracle.confidence(test["image"]) >= 0.9
+    right = oracle.predict(test["image"]) == test["label"]
+    assert right[sure].mean() >= 0.9 and right[sure].mean() > right[~sure].mean()

@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 
 from diffusion_jax.core.arrays import as_arrays, image_keys
-from diffusion_jax.core.parameterization import EDMPreconditioning, Eps, V
-from diffusion_jax.core.schedules import EDM, Cosine, CosineLogSNR, Linear, ZeroTerminalSNR
+from diffusion_jax.core.parameterization import EDMPreconditioning, Eps, FlowVelocity, Score, V
+from diffusion_jax.core.schedules import (
+    EDM,
+    Cosine,
+    CosineLogSNR,
+    FlowMatching,
+    Linear,
+    ZeroTerminalSNR,
+)
 from diffusion_jax.core.timesteps import Steps, karras, trailing
-from diffusion_jax.guidance import ClassifierFree, StaticThreshold, Unguided
+from diffusion_jax.guidance import ClassifierFree, ClassifierGuidance, StaticThreshold, Unguided
+from diffusion_jax.losses import VLB, Hybrid, LossAware
 from diffusion_jax.models import MLPConfig
 from diffusion_jax.samplers import DDIM, DDPM
 from diffusion_jax.systems import ClassifierFreeSystem, DDPMSystem
@@ -138,8 +146,9 @@ def test_only_what_the_globs_name_is_trained():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"schedule": ZeroTerminalSNR(), "parameterization": Eps()}, "'v' or 'x0'"),
-        ({"schedule": ZeroTerminalSNR(), "parameterization": EDMPreconditioning()}, "'v' or 'x0'"),
+        ({"schedule": ZeroTerminalSNR(), "parameterization": Eps()}, "'flow' or 'x0'"),
+        ({"schedule": ZeroTerminalSNR(), "parameterization": Score()}, "'flow' or 'x0'"),
+        ({"schedule": ZeroTerminalSNR(), "parameterization": EDMPreconditioning()}, "divides"),
         ({"schedule": ZeroTerminalSNR(), "time_input": "edm"}, r"one of \['t'\]"),
         ({"schedule": CosineLogSNR()}, r"one of \['scaled_t', 'edm'\].*from 0.0 to 1.0"),
         ({"time_input": "scaled_t"}, r"one of \['t', 'edm'\]"),
@@ -147,6 +156,26 @@ def test_only_what_the_globs_name_is_trained():
         ({"sampler": DDPM("learned_range")}, "learns the variance"),
         ({"sampler": DDPM("interpolated", fraction=1.5)}, r"fraction must lie in \[0, 1\]"),
         ({"time_input": "seconds"}, "'seconds'"),
+        ({"schedule": CosineLogSNR(), "time_input": "rescaled_t"}, "for discrete schedules"),
+        ({"schedule": FlowMatching()}, r"one of \['scaled_t'\]"),
+        ({"guidance": ClassifierGuidance()}, "no classifier for ClassifierGuidance"),
+        (
+            {
+                "schedule": ZeroTerminalSNR(),
+                "guidance": ClassifierFree(2.0, rescale=0.7, rescale_in="eps"),
+            },
+            "rescale_in 'eps' divides by alpha",
+        ),
+        ({"sampler": DDPM("learned_range"), "loss": Hybrid("learned")}, "variance as 'range'"),
+        (
+            {
+                "schedule": CosineLogSNR(),
+                "time_input": "scaled_t",
+                "sampler": DDPM("learned_range"),
+                "loss": Hybrid(),
+            },
+            "discrete",
+        ),
         ({"dtype": "float16"}, "'float16'"),
         ({"sampler": DDIM(eta=2.0)}, "eta must lie in"),
         ({"guidance": ClassifierFree(float("nan"))}, "scale must be a finite number"),
@@ -195,3 +224,66 @@ def test_noise_has_the_size_of_the_level_where_the_grid_starts():
 def test_images_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"\[B, 4, 4, 1\], got \[4, 8, 8, 1\]"):
         STAGE.loss(PARAMS, {"image": jnp.zeros((4, 8, 8, 1)), **LABELS}, KEYS)
+
+
+def hybrid_system(**changes):
+    """A system with learned variance."""
+    return replace(
+        DDPMSystem(
+            image_size=4,
+            channels=1,
+            network=MLPConfig(width=16, depth=1, out_channels=2),
+            loss=Hybrid(),
+            sampler=DDPM("learned_range"),
+            steps=Steps(num_steps=3, max_steps=3),
+        ),
+        **changes,
+    )
+
+
+def test_a_learned_variance_needs_twice_the_channels():
+    stage = hybrid_system(network=MLPConfig(width=16, depth=1)).build().stages["base"]
+    params = jax.eval_shape(stage.init, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"\(4, 4, 4, 1\)"):
+        jax.eval_shape(stage.loss, params, {"image": jnp.zeros((4, 4, 4, 1))}, KEYS)
+
+
+def test_the_learned_variance_reaches_the_sampler():
+    """Its channels change the image; without noise in them the steps are the same."""
+    system = hybrid_system()
+    stage, params = system.build().stages["base"], params_of(system.build().stages["base"])
+    louder = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.at[..., 1::2].add(1.0) if "dense_out" in str(path) else leaf,
+        params,
+    )
+    one, other = (stage.sample(p, {}, KEYS) for p in (params, louder))
+    assert np.isfinite(one).all() and np.abs(one - other).max() > 1e-3
+    with_fixed = [stage.sample(p, {}, KEYS, sampler=DDPM("small")) for p in (params, louder)]
+    np.testing.assert_array_equal(*with_fixed)
+
+
+def test_loss_aware_times_train_with_a_memory():
+    stage = hybrid_system(loss=VLB(), times=LossAware(history=2)).build().stages["base"]
+    tx = Optimizer().build()
+    state = TrainState.create(stage.init(jax.random.key(0)), tx, loss=stage.loss)
+    step = jax.jit(make_train_step(stage.loss, tx, ema=EMA(0.9)))
+    batch = {"image": jnp.zeros((4, 4, 4, 1))}
+    state, metrics = step(state, batch, KEYS)
+    assert int(state.loss_state.count.sum()) == 4 and np.isfinite(metrics["vb"])
+
+
+@pytest.mark.slow
+def test_flow_matching_samples_from_the_end_without_signal():
+    system = DDPMSystem(
+        image_size=4,
+        channels=1,
+        network=MLPConfig(width=16, depth=1),
+        schedule=FlowMatching(shift=3.0),
+        parameterization=FlowVelocity(),
+        time_input="scaled_t",
+        sampler=DDIM(),
+        steps=Steps(num_steps=3, max_steps=3),
+    )
+    stage = system.build().stages["base"]
+    images = stage.sample(params_of(stage), {}, KEYS)
+    assert np.isfinite(images).all()
