@@ -67,7 +67,11 @@ setup(
     # The experiments lie at the top of the repository, where they are read and edited, and
     # travel inside the package, so that an installed command line has them too.
     packages=sorted(
-        {*find_packages(include=["diffusion_jax", "diffusion_jax.*"]), "diffusion_jax.experiments"}
+        {
+            *find_packages(include=["diffusion_jax", "diffusion_jax.*"]),
+            "diffusion_jax.experiments",
+            "diffusion_jax.experiments.proofs",
+        }
     ),
     package_dir={"diffusion_jax.experiments": "experiments"},
     package_data={"diffusion_jax": ["py.typed"]},

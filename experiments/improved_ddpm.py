@@ -14,7 +14,6 @@ TINY learns real 8x8 digits; `make proof-ddpm` says what it must show.
 import sys
 from dataclasses import replace
 
-from diffusion_jax.core.parameterization import Eps
 from diffusion_jax.core.schedules import Cosine
 from diffusion_jax.core.timesteps import Steps
 from diffusion_jax.data import TFDS
@@ -66,12 +65,13 @@ TINY = replace(
     system=replace(
         ddpm.TINY.system,
         network=replace(ddpm.TINY.system.network, out_channels=2),
-        parameterization=Eps(),
         # The digits have 17 grey levels.
         loss=Hybrid(half_bin=1 / 16),
         sampler=DDPM(variance="learned_range"),
         steps=Steps(num_steps=100),
     ),
+    optimizer=replace(ddpm.TINY.optimizer, total_steps=1500),
+    training=replace(ddpm.TINY.training, num_steps=1500, eval_every=500, checkpoint_every=500),
 )
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ PROOF = Proof(
         "untrained": untrained,
         "Gaussian": gaussian_fit,
         "replay": replay,
-        **bit_rows("hybrid", "hybrid", ("learned_range", *FIXED), (100, 1000)),
+        **bit_rows("hybrid", "hybrid", ("learned_range", *FIXED), (100,)),
         **bit_rows("simple", "simple", FIXED, (100,)),
         **{f"8 steps, {v}": ancestral_8("hybrid", v) for v in ("learned_range", *FIXED)},
     },
@@ -185,6 +185,7 @@ PROOF = Proof(
     ablation_rows={
         "simple, DDIM 30": ddim_30("simple"),
         "bound, DDIM 30": ddim_30("bound"),
+        **bit_rows("hybrid", "hybrid", ("learned_range", *FIXED), (1000,)),
         **bit_rows("bound", "bound", ("learned_range",), (100, 1000)),
         **bit_rows("simple", "simple", FIXED, (1000,)),
     },
