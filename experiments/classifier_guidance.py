@@ -36,7 +36,7 @@ _BASE = Experiment(
         channels=3,
         network=adm_unet(128),
         schedule=Linear(),
-        loss=Hybrid(),
+        loss=Hybrid(rescaling="none", cdf="tanh"),
         sampler=DDPM(variance="learned_range"),
         # The released "250": rounded, both ends included.
         steps=Steps(spacing="linspace", num_steps=250, round_t=True),

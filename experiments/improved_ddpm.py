@@ -70,8 +70,8 @@ TINY = replace(
         sampler=DDPM(variance="learned_range"),
         steps=Steps(num_steps=100),
     ),
-    optimizer=replace(ddpm.TINY.optimizer, total_steps=1500),
-    training=replace(ddpm.TINY.training, num_steps=1500, eval_every=500, checkpoint_every=500),
+    optimizer=replace(ddpm.TINY.optimizer, total_steps=2500),
+    training=replace(ddpm.TINY.training, num_steps=2500, eval_every=1000, checkpoint_every=500),
 )
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from diffusion_jax.commands import figures
 from diffusion_jax.commands.evaluate import real_data
 from diffusion_jax.commands.results import append_row, mean_and_error
 from diffusion_jax.commands.run import restore_stage, stage_dir
 from diffusion_jax.commands.sample import make_sampler
 from diffusion_jax.commands.scores import Real
 from diffusion_jax.commands.train import train
+from diffusion_jax.configuration import to_dict
 from diffusion_jax.core.types import Params
 from diffusion_jax.data.sources import take
 from diffusion_jax.experiment import Experiment
@@ -68,7 +71,6 @@ class Proof:
       derive: scores by "ROW/SCORE" -> further scores, ratios and differences of them.
       claims: what must hold, controls included.
       draw: (bench, path) writes a picture.
-      report: rows and derived scores that go into the table of results.
       ablations: further arms and rows that only `ablate` trains and measures.
     """
 
@@ -90,6 +92,7 @@ class Bench:
 
     def __init__(self, proof: Proof, workdir: Path, seed: int):
         self.proof, self.workdir, self.seed = proof, workdir, seed
+        self.seconds = 0.0
         self._params: dict[str, Params] = {}
         self._samplers: dict[Any, Callable] = {}
 
@@ -139,17 +142,39 @@ class Bench:
         return self.real.score(images, labels)
 
     def measured(self, rows: Mapping[str, Callable[["Bench"], Scores]]) -> dict[str, float]:
-        """The scores of rows by "ROW/SCORE"; those that were measured before are read."""
+        """The scores of rows by "ROW/SCORE"; those that were measured before are read.
+
+        Raises:
+          ValueError: if the directory holds measurements of other experiments.
+        """
         path = self.workdir / "scores.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
+        settings = {
+            arm: to_dict(self.experiment(arm)) for arm in (*self.proof.arms, *self.proof.ablations)
+        }
+        known = {"settings": settings, "seconds": 0.0, "rows": {}}
+        if path.exists():
+            known = json.loads(path.read_text())
+            if known["settings"] != settings:
+                raise ValueError(
+                    f"{self.workdir} holds measurements of other experiments; choose another "
+                    "--workdir, or delete it"
+                )
         for name, measure in rows.items():
-            if name not in known:
+            if name not in known["rows"]:
                 start = time.time()
-                known[name] = {key: float(value) for key, value in measure(self).items()}
+                scores = {key: float(value) for key, value in measure(self).items()}
+                known["rows"][name] = scores
+                known["seconds"] += time.time() - start
                 self.workdir.mkdir(parents=True, exist_ok=True)
                 write_text(path, json.dumps(known, indent=2) + "\n")
                 print(f"measured {name} in {time.time() - start:.0f} s", flush=True)
-        return {f"{row}/{key}": known[row][key] for row in rows for key in known[row]}
+        self.seconds = known["seconds"]
+        return {f"{row}/{key}": value for row in rows for key, value in known["rows"][row].items()}
+
+    def scores(self) -> dict[str, float]:
+        """All scores of the proof, the derived ones included."""
+        scores = self.measured(self.proof.rows)
+        return scores | {key: float(v) for key, v in self.proof.derive(scores).items()}
 
 
 def find_proof(name: str) -> Proof:
@@ -167,9 +192,12 @@ def provenance() -> dict[str, str]:
     """What a row of results says of the machine and the libraries."""
     versions = [f"{name} {metadata.version(name)}" for name in ("jax", "flax", "optax", "numpy")]
     device = jax.devices()[0]
+    hardware = f"{jax.device_count()} x {device.device_kind}"
+    if device.platform == "cpu":
+        hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}"
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{jax.device_count()} x {device.device_kind}, {platform.machine()}",
+        "hardware": hardware,
         "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
     }
 
@@ -181,31 +209,35 @@ def prove(name: str, *, workdir: Path, seed: int, results: Path) -> bool:
       name: one of PROOFS.
       workdir: gets NAME/seed-SEED with everything that was trained and measured.
       seed: of parameters, data order, noise and samples.
-      results: Markdown file that gets a row, once for every workdir and seed.
+      results: Markdown file that gets a row, and pictures/ beside it a picture.
+
+    Raises:
+      ValueError: if there is no such proof, or workdir holds another one's measurements.
     """
     proof = find_proof(name)
-    folder = workdir / name / f"seed-{seed}"
-    bench = Bench(proof, folder, seed)
-    start = time.time()
-    scores = bench.measured(proof.rows)
-    scores |= {key: float(value) for key, value in proof.derive(scores).items()}
-    picture = folder / f"{name}.png"
+    # Missing plotting libraries should show before the work, not after it.
+    figures.pyplot()
+    bench = Bench(proof, workdir / name / f"seed-{seed}", seed)
+    scores = bench.scores()
+    report = bench.workdir / "report.json"
+    picture = results.parent / "pictures" / f"{name}-seed-{seed}.png"
     if not picture.exists():
+        picture.parent.mkdir(parents=True, exist_ok=True)
         proof.draw(bench, picture)
     holds = show(name, proof.claims, scores)
-    report = folder / "report.json"
     if not report.exists():
         row = {
             "seed": seed,
             **provenance(),
-            "seconds": round(time.time() - start),
-            "command": f"`make proof-{name} SEED={seed}`",
+            "minutes": round(bench.seconds / 60, 1),
+            "command": f"`diffusion-jax proof {name} --seed {seed}`",
+            "picture": f"[picture](pictures/{picture.name})",
             "verdict": "holds" if holds else "DOES NOT HOLD",
             **{claim.score: scores[claim.score] for claim in proof.claims},
         }
-        append_row(results, f"proof {name}", row)
-        write_text(report, json.dumps({"row": row, "scores": scores}, indent=2) + "\n")
-    print(f"picture and scores are in {folder}")
+        write_text(report, json.dumps(row, indent=2) + "\n")
+    append_row(results, f"proof {name}", json.loads(report.read_text()))
+    print(f"the picture is {picture}, everything else in {bench.workdir}")
     return holds
 
 
@@ -225,26 +257,63 @@ def show(name: str, claims: Sequence[Claim], scores: Scores) -> bool:
 
 
 def ablate(name: str, *, workdir: Path, results: Path, seeds: Sequence[int] = SEEDS) -> bool:
-    """Every seed of a proof, then every ablation arm with the same seeds; whether all hold.
+    """Every seed of a proof, then every ablation arm with the same seeds.
 
-    Each arm gets one row: mean ± standard error of its scores over the seeds.
+    One row of results holds the claims' scores, one more each row of measurements, as mean ±
+    standard error over the seeds.
+
+    Returns:
+      whether every claim holds for the mean, two standard errors to either side.
     """
     proof = find_proof(name)
-    holds = [prove(name, workdir=workdir, seed=seed, results=results) for seed in seeds]
-    rows = {**proof.rows, **proof.ablation_rows}
-    done = workdir / name / "ablation.json"
-    known = json.loads(done.read_text()) if done.exists() else {}
-    for row, measure in rows.items():
-        if row not in known:
-            benches = (Bench(proof, workdir / name / f"seed-{seed}", seed) for seed in seeds)
-            measured = [bench.measured({row: measure}) for bench in benches]
-            known[row] = {
-                key.removeprefix(f"{row}/"): mean_and_error([scores[key] for scores in measured])
-                for key in measured[0]
-            }
-            cells = {"arm": row, "seeds": len(seeds), **provenance()}
-            cells["command"] = f"`make ablate-{name}`"
-            append_row(results, f"ablation {name}", {**cells, **known[row]})
-            write_text(done, json.dumps(known, indent=2) + "\n")
-        print(f"{row}: " + ", ".join(f"{key} {value}" for key, value in known[row].items()))
-    return all(holds)
+    for seed in seeds:
+        prove(name, workdir=workdir, seed=seed, results=results)
+    benches = [Bench(proof, workdir / name / f"seed-{seed}", seed) for seed in seeds]
+    every = [bench.scores() for bench in benches]
+    of_claims = {claim.score: [scores[claim.score] for scores in every] for claim in proof.claims}
+    _record(name, "claims", of_claims, seeds=seeds, workdir=workdir, results=results)
+    for row, measure in {**proof.rows, **proof.ablation_rows}.items():
+        measured = [bench.measured({row: measure}) for bench in benches]
+        values = {
+            key.removeprefix(f"{row}/"): [scores[key] for scores in measured] for key in measured[0]
+        }
+        _record(name, row, values, seeds=seeds, workdir=workdir, results=results)
+    shown = [_shown_with_margin(claim, of_claims[claim.score]) for claim in proof.claims]
+    return all(shown)
+
+
+def _record(
+    name: str,
+    arm: str,
+    values: Mapping[str, Sequence[float]],
+    *,
+    seeds: Sequence[int],
+    workdir: Path,
+    results: Path,
+) -> None:
+    """Appends the row of an arm, as it was when it was first complete."""
+    numbers = "-".join(map(str, seeds))
+    path = workdir / name / f"ablation-{numbers}.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if arm not in known:
+        known[arm] = {
+            "arm": arm,
+            "seeds": " ".join(map(str, seeds)),
+            **provenance(),
+            "command": f"`diffusion-jax ablate {name} --seeds {' '.join(map(str, seeds))}`",
+            "scores": ", ".join(f"{key} {mean_and_error(v)}" for key, v in values.items()),
+        }
+        write_text(path, json.dumps(known, indent=2) + "\n")
+    append_row(results, f"ablation {name}", known[arm])
+
+
+def _shown_with_margin(claim: Claim, values: Sequence[float]) -> bool:
+    """Prints a claim's mean; whether it holds two standard errors to either side."""
+    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+    ends = [np.mean(values) - 2 * error, np.mean(values) + 2 * error]
+    holds = all(claim.holds({claim.score: end}) for end in ends)
+    print(
+        f"{claim.score:40}  {mean_and_error(values):>18}  {claim.bounds():>14}  "
+        f"{'control' if claim.control else 'claim':7}  {'ok' if holds else 'NOT MET'}"
+    )
+    return holds

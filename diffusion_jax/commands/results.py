@@ -28,7 +28,8 @@ def _line(cells: Sequence[str]) -> str:
 def append_row(path: Path, section: str, row: Mapping[str, Any]) -> None:
     """Appends a row to the table of a section, which is made if it is missing.
 
-    A column that the table does not have yet is added to it, empty in earlier rows.
+    A column that the table does not have yet is added to it, empty in earlier rows. A row that
+    is there already is not repeated.
 
     Args:
       path: Markdown file; written as a whole or not at all.
@@ -54,6 +55,8 @@ def append_row(path: Path, section: str, row: Mapping[str, Any]) -> None:
             cells + (added if i == 0 else ["---" if i == 1 else ""] * len(added))
             for i, cells in enumerate(table)
         ]
-        table.append([values.get(name, "") for name in columns + added])
+        new = [values.get(name, "") for name in columns + added]
+        if new not in table:
+            table.append(new)
         lines[first : last + 1] = [_line(cells) for cells in table]
     write_text(path, "\n".join(lines) + "\n")

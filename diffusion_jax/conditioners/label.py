@@ -7,12 +7,15 @@ from diffusion_jax.conditioners.base import Conditioner
 from diffusion_jax.core.condition import Condition
 
 
-def label(num_classes: int, dim: int) -> Conditioner:
-    """Looks `batch["label"]` [B] int32 up in a table of num_classes + 1 rows; the last is null.
+def label(num_classes: int, dim: int, *, null: bool = True) -> Conditioner:
+    """Looks `batch["label"]` [B] int32 up in a table, whose last row is the null label.
 
     Args:
       num_classes: labels are 0 … num_classes - 1.
       dim: width of the vector, the network's time embedding.
+      null: learn a null label, in row num_classes. Without, the table has num_classes rows as
+        ADM's, and the null condition is zero, which no network was trained with: not for
+        classifier-free guidance.
 
     Returns:
       A conditioner that fills `vector` [B, dim].
@@ -27,7 +30,7 @@ def label(num_classes: int, dim: int) -> Conditioner:
         raise ValueError(f"num_classes and dim must be at least 1, got {num_classes} and {dim}")
 
     def init(key):
-        return {"embedding": jax.random.normal(key, (num_classes + 1, dim))}
+        return {"embedding": jax.random.normal(key, (num_classes + null, dim))}
 
     def apply(params, batch, keys):
         del keys
@@ -38,8 +41,8 @@ def label(num_classes: int, dim: int) -> Conditioner:
             raise ValueError(f"labels must be integers [B], got {labels.dtype} {labels.shape}")
         return Condition(vector=params["embedding"][labels])
 
-    def null(params, batch):
-        rows = params["embedding"][-1]
-        return Condition(vector=jnp.broadcast_to(rows, (batch["label"].shape[0], dim)))
+    def unconditional(params, batch):
+        row = params["embedding"][-1] if null else jnp.zeros(dim)
+        return Condition(vector=jnp.broadcast_to(row, (batch["label"].shape[0], dim)))
 
-    return Conditioner(init, apply, null)
+    return Conditioner(init, apply, unconditional)

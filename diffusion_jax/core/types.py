@@ -55,6 +55,10 @@ class DenoiseFn(Protocol):
     def __call__(self, x: Array, level: NoiseLevel, cond: "Condition") -> Prediction: ...
 
 
+# (x_t [B, ...], level, condition) -> log p(y | x_t) [B], the labels or the text y bound.
+LogProb = Callable[[Array, NoiseLevel, "Condition"], Array]
+
+
 class Network(Protocol):
     """A linen module's apply with the module bound and the parameters free.
 

@@ -9,12 +9,10 @@ from flax import struct
 
 from diffusion_jax.core.arrays import per_example
 from diffusion_jax.core.condition import Condition
-from diffusion_jax.core.types import Array, DenoiseFn, NoiseLevel, Prediction
+from diffusion_jax.core.types import Array, DenoiseFn, LogProb, NoiseLevel, Prediction
 
 FORMS = ("score", "mean")
 
-# (x_t [B, ...], level, cond) -> log p(y | x_t) [B], the labels or the text y bound.
-LogProb = Callable[[Array, NoiseLevel, Condition], Array]
 # (x_t [B, ...], level, cond) -> [B, ...].
 Gradient = Callable[[Array, NoiseLevel, Condition], Array]
 

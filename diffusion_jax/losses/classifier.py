@@ -13,7 +13,15 @@ from diffusion_jax.core.denoiser import apply_network, network_time
 from diffusion_jax.core.forward import add_noise
 from diffusion_jax.core.parameterization import Parameterization
 from diffusion_jax.core.schedules import NoiseSchedule
-from diffusion_jax.core.types import Array, Key, Metrics, Network, NoiseLevel, Params
+from diffusion_jax.core.types import (
+    Array,
+    Key,
+    LogProb,
+    Metrics,
+    Network,
+    NoiseLevel,
+    Params,
+)
 from diffusion_jax.losses.base import ExampleLoss, averaged
 
 # (params, x0 [B, ...], t [B], labels [B], keys [B, 2]) -> (loss [B], metrics [B] each); the
@@ -21,8 +29,6 @@ from diffusion_jax.losses.base import ExampleLoss, averaged
 ClassifierLoss = Callable[[Params, Array, Array, Array, Key], tuple[Array, Metrics]]
 # (params, x0 [B, ...], labels [B], keys [B]) -> (mean loss [], mean metrics [] each).
 ClassifierMean = Callable[[Params, Array, Array, Key], tuple[Array, Metrics]]
-# (x_t [B, ...], level, cond) -> log p(y | x_t) [B] of labels that are already chosen.
-LogProb = Callable[[Array, NoiseLevel, Condition], Array]
 
 
 def log_prob(logits: Array, labels: Array) -> Array:
@@ -90,12 +96,12 @@ def classifier_log_prob(
 class NoisyCrossEntropy:
     """E_{t, eps} [ -log p(y | x_t) ], in nats, on noisy data of the diffusion's own schedule.
 
-    ADM also crops at random, which the data pipeline does, and decays the weights by 0.05,
-    which the optimizer does.
+    ADM also crops at random and decays the weights by 0.05, which are matters of the data and
+    of the optimizer.
 
     Attributes:
-      noisy: add noise. Without, the classifier sees x0 and is told the schedule's first time:
-        the control, whose gradient guides badly.
+      noisy: add noise. Without, the classifier is told the same times and sees x0 at all of
+        them: a control, whose gradient guides badly.
 
     Source: Dhariwal & Nichol 2021 (arXiv:2105.05233), section 4.1 and appendix I.
     """
@@ -127,11 +133,9 @@ class NoisyCrossEntropy:
         def loss(
             params: Params, x0: Array, t: Array, labels: Array, keys: Key
         ) -> tuple[Array, Metrics]:
+            level, x = schedule(t), x0
             if self.noisy:
-                level = schedule(t)
                 x = add_noise(x0, per_image_normal(keys[:, 0], x0), level)
-            else:
-                level, x = schedule(jnp.full_like(t, schedule.t_min)), x0
             logits = apply(params, x, level, Condition(), keys[:, 1])
             correct = jnp.argmax(logits, axis=-1) == labels
             return -log_prob(logits, labels), {"accuracy": correct.astype(jnp.float32)}

@@ -40,12 +40,19 @@ def check_decoder(half_bin: float, cdf: str) -> None:
         raise ValueError(f"cdf must be one of {CDFS}, got {cdf!r}")
 
 
-def _log_interval_exact(centred: Array, half_width: Array) -> Array:
-    """log (Φ(c + w) - Φ(c - w)), by symmetry in the lower tail, where no digits are lost."""
-    lower, upper = -jnp.abs(centred) - half_width, -jnp.abs(centred) + half_width
+def _log_probabilities_exact(centred: Array, half_width: Array) -> tuple[Array, Array, Array]:
+    """log Φ(c + w), log (1 - Φ(c - w)) and log (Φ(c + w) - Φ(c - w)).
+
+    All of them from the lower tail, where no digits are lost, by Φ(-z) = 1 - Φ(z).
+    """
+    distance = jnp.abs(centred)
+    near, far = log_ndtr(jnp.stack([half_width - distance, -half_width - distance]))
+    beyond_far = jnp.log1p(-jnp.exp(far))
     # Rounding could make the difference 0 or positive for bins that are far too narrow.
-    ratio = jnp.minimum(log_ndtr(lower) - log_ndtr(upper), -_LEAST_PROBABILITY)
-    return log_ndtr(upper) + jnp.log(-jnp.expm1(ratio))
+    ratio = jnp.minimum(far - near, -_LEAST_PROBABILITY)
+    below = jnp.where(centred > 0.0, beyond_far, near)
+    above = jnp.where(centred < 0.0, beyond_far, near)
+    return below, above, near + jnp.log(-jnp.expm1(ratio))
 
 
 def _tanh_cdf(z: Array) -> Array:
@@ -57,8 +64,11 @@ def _tanh_cdf(z: Array) -> Array:
     return 0.5 * (1.0 + jnp.where(u < 0.0, tail - 1.0, 1.0 - tail))
 
 
-def _clamped_log(probability: Array) -> Array:
-    return jnp.log(jnp.maximum(probability, _LEAST_PROBABILITY))
+def _log_probabilities_tanh(centred: Array, half_width: Array) -> tuple[Array, Array, Array]:
+    plus, minus = _tanh_cdf(centred + half_width), _tanh_cdf(centred - half_width)
+    probabilities = (plus, 1.0 - minus, plus - minus)
+    first, second, third = (jnp.log(jnp.maximum(p, _LEAST_PROBABILITY)) for p in probabilities)
+    return first, second, third
 
 
 def discretized_gaussian_log_likelihood(
@@ -92,15 +102,9 @@ def discretized_gaussian_log_likelihood(
     """
     check_decoder(half_bin, cdf)
     per_std = jnp.exp(-log_std)
-    centred, half_width = (x - mean) * per_std, half_bin * per_std
-    plus, minus = centred + half_width, centred - half_width
-    if cdf == "exact":
-        below, above = log_ndtr(plus), log_ndtr(-minus)
-        inside = _log_interval_exact(centred, half_width)
-    else:
-        cdf_plus, cdf_minus = _tanh_cdf(plus), _tanh_cdf(minus)
-        below, above = _clamped_log(cdf_plus), _clamped_log(1.0 - cdf_minus)
-        inside = _clamped_log(cdf_plus - cdf_minus)
+    function = _log_probabilities_exact if cdf == "exact" else _log_probabilities_tanh
+    centred = (x - mean) * per_std
+    below, above, inside = function(centred, jnp.broadcast_to(half_bin * per_std, centred.shape))
     edge = 1.0 - half_bin / 4.0
     return jnp.where(x < -edge, below, jnp.where(x > edge, above, inside))
 

@@ -1,25 +1,22 @@
 """Classifier guidance: a diffusion model, and a classifier of noisy images that steers it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
-from flax import linen as nn
 from flax import struct
 
 from diffusion_jax.conditioners import UNCONDITIONAL, label
 from diffusion_jax.core.arrays import as_arrays
 from diffusion_jax.core.condition import Condition
-from diffusion_jax.core.types import Batch, DenoiseFn, Key, Params
-from diffusion_jax.guidance import Chain, ClassifierGuidance, Unguided
-from diffusion_jax.guidance.classifier import LogProb
+from diffusion_jax.core.types import Array, Batch, DenoiseFn, Key, LogProb, Params
+from diffusion_jax.guidance import Chain, ClassifierGuidance, Guide, Unguided
 from diffusion_jax.losses.classifier import (
     NoisyCrossEntropy,
     averaged_over_times,
     classifier_log_prob,
 )
 from diffusion_jax.models import MLPClassifierConfig
-from diffusion_jax.samplers import MeanShift
+from diffusion_jax.samplers import MeanShift, Sampler
 from diffusion_jax.systems.cascade import System
 from diffusion_jax.systems.ddpm import DDPMSystem
 from diffusion_jax.systems.parts import ClassifierPart, time_input
@@ -72,30 +69,24 @@ class ClassifierGuidanceSystem(DDPMSystem):
         Raises:
           ValueError: if the parts do not fit each other.
         """
-        self._check()
+        if self.classifier.num_classes != self.num_classes:
+            raise ValueError(
+                f"the classifier has {self.classifier.num_classes} classes, the system "
+                f"{self.num_classes}; set both"
+            )
+        self._check_guidance(self.guidance, self.sampler)
+        validate(self.guidance)
         parts = self.parts()
         conditioner = UNCONDITIONAL
         if self.class_conditional:
-            conditioner = label(self.num_classes, self.network.embed_dim)
+            conditioner = label(self.num_classes, self.network.embed_dim, null=False)
         base = diffusion_stage(conditioner=conditioner, guide=self.threshold, **parts)
-        validate(self.guidance)
-        classifier = self.classifier.build(dtype=self.dtype)
-
-        def classify(params, x, t, cond, *, keys=None):
-            return classifier.apply({"params": params}, x, t, cond, keys=keys)
-
-        time = time_input(self.time_input, self.schedule)
-        loss = self.classifier_loss.per_example(
-            classify, self.schedule, self.parameterization, time_input=time
-        )
-        loss = averaged_over_times(loss, self.schedule)
-        stages = {"base": base, "classifier": _classifier_stage(classifier, loss, parts["shape"])}
-        bind = classifier_log_prob(classify, self.parameterization, time_input=time)
 
         def sample(params, batch, keys, *, guide=None, sampler=None, grid=None):
             guidance = as_arrays(self.guidance if guide is None else guide)
             sampler = as_arrays(self.sampler if sampler is None else sampler)
-            log_prob = bind(params["classifier"]["network"], batch["label"])
+            self._check_guidance(guidance, sampler)
+            log_prob = self.log_prob(params["classifier"], batch["label"])
             guides = (as_arrays(self.threshold),)
             if isinstance(guidance, ClassifierGuidance) and guidance.form == "mean":
                 gradient = guidance.gradient(log_prob)
@@ -106,7 +97,22 @@ class ClassifierGuidanceSystem(DDPMSystem):
                 params["base"], batch, keys, guide=Chain(guides), sampler=sampler, grid=grid
             )
 
+        stages = {"base": base, "classifier": self._classifier_stage(parts["shape"])}
         return System(stages, sample, self.guidance, self.sampler, base.grid)
+
+    def log_prob(self, params: Params, labels: Array) -> LogProb:
+        """(x_t, level, cond) -> log p(y | x_t) [B] of the classifier stage's parameters.
+
+        Args:
+          params: of the stage "classifier".
+          labels: [B] int.
+        """
+        bind = classifier_log_prob(
+            self._classify,
+            self.parameterization,
+            time_input=time_input(self.time_input, self.schedule),
+        )
+        return bind(params["network"], labels)
 
     def guide(self, scale: float | None = None) -> Unguided | ClassifierGuidance:
         """The guidance; `scale` replaces the configured one.
@@ -120,38 +126,43 @@ class ClassifierGuidanceSystem(DDPMSystem):
             raise ValueError(f"{type(self.guidance).__name__} has no scale to set to {scale}")
         return replace(self.guidance, scale=float(scale))
 
-    def _check(self) -> None:
-        if not isinstance(self.guidance, Unguided | ClassifierGuidance):
+    def _check_guidance(self, guidance: Guide, sampler: Sampler) -> None:
+        if isinstance(guidance, Unguided):
+            return
+        if not isinstance(guidance, ClassifierGuidance):
             raise ValueError(
-                f"this system is guided by its classifier, got {type(self.guidance).__name__}; "
+                f"this system is guided by its classifier, got {type(guidance).__name__}; "
                 "choose the guidance 'classifier' or 'none'"
             )
-        if self.classifier.num_classes != self.num_classes:
-            raise ValueError(
-                f"the classifier has {self.classifier.num_classes} classes, the system "
-                f"{self.num_classes}; set both"
-            )
-        if isinstance(self.guidance, Unguided):
-            return
-        if self.guidance.form == "mean":
+        if guidance.form == "mean":
             # Refuses samplers that have no mean to shift.
-            MeanShift(self.sampler, lambda x, level: x)
+            MeanShift(sampler, lambda x, level: x)
         elif ends_without_signal(self.schedule):
             raise ValueError(
                 "classifier guidance in the form 'score' divides by alpha, which is 0 at the end "
                 "of this schedule; choose the form 'mean' or another schedule"
             )
 
+    def _classify(self, params, x, t, cond, *, keys=None):
+        network = self.classifier.build(dtype=self.dtype)
+        return network.apply({"params": params}, x, t, cond, keys=keys)
 
-def _classifier_stage(classifier: nn.Module, loss: Callable, shape: tuple[int, ...]) -> Stage:
-    """The stage that trains p(y | x_t); it draws nothing."""
+    def _classifier_stage(self, shape: tuple[int, ...]) -> Stage:
+        loss = self.classifier_loss.per_example(
+            self._classify,
+            self.schedule,
+            self.parameterization,
+            time_input=time_input(self.time_input, self.schedule),
+        )
+        loss = averaged_over_times(loss, self.schedule)
 
-    def init(key: Key) -> Params:
-        variables = classifier.init(key, jnp.zeros((1, *shape)), jnp.zeros(1), Condition())
-        return {"network": variables["params"]}
+        def init(key: Key) -> Params:
+            network = self.classifier.build(dtype=self.dtype)
+            variables = network.init(key, jnp.zeros((1, *shape)), jnp.zeros(1), Condition())
+            return {"network": variables["params"]}
 
-    def stage_loss(params: Params, batch: Batch, keys: Key):
-        check_image(batch["image"], shape)
-        return loss(params["network"], batch["image"], batch["label"], keys)
+        def stage_loss(params: Params, batch: Batch, keys: Key):
+            check_image(batch["image"], shape)
+            return loss(params["network"], batch["image"], batch["label"], keys)
 
-    return Stage(init, stage_loss)
+        return Stage(init, stage_loss)

@@ -58,13 +58,29 @@ def test_edm_network_sees_unit_variance_input():
     np.testing.assert_allclose(seen[0], X / np.sqrt(0.8**2 + 0.3**2), rtol=1e-5)
 
 
-def test_learned_variance_is_the_second_half_mapped_to_a_fraction():
-    def network(params, x, t, cond, *, keys=None):
-        return jnp.concatenate([x, jnp.broadcast_to(jnp.asarray([[-1.0, 0.5]]), x.shape)], axis=-1)
+def two_halves(params, x, t, cond, *, keys=None):
+    return jnp.concatenate([x, jnp.broadcast_to(jnp.asarray([[-1.0, 1.5]]), x.shape)], axis=-1)
 
-    x0, var_frac = make_denoiser(network, X0(), learned_variance=True)({})(X, LEVEL)
+
+def test_learned_range_is_the_second_half_mapped_to_a_fraction():
+    """From [-1, 1] to [0, 1], and beyond: what the network says is not cut."""
+    x0, var_frac, log_var = make_denoiser(two_halves, X0(), learned_variance="range")({})(X, LEVEL)
     np.testing.assert_array_equal(x0, X)
-    np.testing.assert_allclose(var_frac, [[0.0, 0.75], [0.0, 0.75]])
+    np.testing.assert_allclose(var_frac, [[0.0, 1.25], [0.0, 1.25]])
+    assert log_var is None
+
+
+def test_learned_log_variance_is_the_second_half_itself():
+    x0, var_frac, log_var = make_denoiser(two_halves, X0(), learned_variance="log")({})(X, LEVEL)
+    np.testing.assert_array_equal(x0, X)
+    np.testing.assert_allclose(log_var, [[-1.0, 1.5], [-1.0, 1.5]])
+    assert var_frac is None
+
+
+@pytest.mark.parametrize("learned", [True, False, "learned_range"])
+def test_unknown_meaning_of_the_second_half_is_refused(learned):
+    with pytest.raises(ValueError, match=f"None or one of .'range', 'log'.*{learned}"):
+        make_denoiser(two_halves, X0(), learned_variance=learned)
 
 
 def test_bfloat16_networks_answer_in_float32():
@@ -74,10 +90,10 @@ def test_bfloat16_networks_answer_in_float32():
     assert make_denoiser(network, X0())({})(X, LEVEL).x0.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("learned, channels", [(False, 4), (True, 2), (False, 3)])
+@pytest.mark.parametrize("learned, channels", [(None, 4), ("range", 2), ("log", 3), (None, 3)])
 def test_wrong_number_of_channels_is_refused(learned, channels):
     def network(params, x, t, cond, *, keys=None):
         return jnp.zeros((2, channels))
 
-    with pytest.raises(ValueError, match=rf"\(2, {channels}\).*learned_variance is {learned}"):
+    with pytest.raises(ValueError, match=rf"\(2, {channels}\).*learned_variance is {learned!r}"):
         make_denoiser(network, X0(), learned_variance=learned)({})(X, LEVEL, Condition())

@@ -41,7 +41,7 @@ def evaluate(loss, params, t=TIMES, **parts):
     """Loss and metrics, [B] each, of the four values as the dimensions of an example."""
     x0 = jnp.broadcast_to(jnp.asarray(X0), (len(t), 4))
     keys = jax.random.split(jax.random.key(0), (len(t), 2))
-    return jax.jit(example_loss(loss, **parts))(params, x0, t, Condition(), keys)
+    return example_loss(loss, **parts)(params, x0, t, Condition(), keys)
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_the_bound_alone_moves_the_mean():
 @pytest.mark.parametrize("total", [100, 1000, 4000])
 def test_the_two_rescalings_of_the_hybrid(total):
     """λ T L_t against 1000 λ L_t: the same at T = 1000, four times as much at 4000."""
-    t = jnp.asarray([0.0, 7.0, total - 1.0])
+    t = jnp.round(jnp.linspace(0.0, total - 1.0, T))
     network = {"network": constant, "schedule": Cosine(total)}
     steps, metrics = evaluate(Hybrid(vlb_weight=0.002), {}, t, **network)
     none, _ = evaluate(Hybrid(vlb_weight=0.002, rescaling="none"), {}, t, **network)
@@ -177,7 +177,6 @@ def test_the_weight_is_that_of_the_squared_error_alone():
 @pytest.mark.parametrize("name", ["x0", "v", "score"])
 def test_the_bound_is_that_of_x0_whatever_the_network_predicts(name, two_point_noise):
     """The same x̂0 said in another way has the same terms."""
-    t = jnp.asarray([0.0, 30.0, 80.0])
     other = PARAMETERIZATIONS[name]()
 
     def in_other_words(params, x, t, cond, *, keys=None):
@@ -188,14 +187,15 @@ def test_the_bound_is_that_of_x0_whatever_the_network_predicts(name, two_point_n
         return jnp.concatenate([other.target(x0, eps, level), raw], axis=-1)
 
     params = {"slope": jnp.full(T, 0.9), "position": jnp.full(T, 0.1)}
-    _, expected = evaluate(Hybrid(), params, t)
-    _, metrics = evaluate(Hybrid(), params, t, network=in_other_words, parameterization=other)
-    np.testing.assert_allclose(metrics["vb"], expected["vb"], rtol=1e-3)
+    _, expected = evaluate(Hybrid(), params)
+    _, metrics = evaluate(Hybrid(), params, network=in_other_words, parameterization=other)
+    # At the noisiest times x0 / alpha has no digits left in float32.
+    np.testing.assert_allclose(metrics["vb"][:95], expected["vb"][:95], rtol=1e-3)
 
 
 def test_fixed_variances_have_a_bound_too(two_point_noise):
     """With half as many channels; the learned ends of the range are the two fixed ones."""
-    params, t = initial(), jnp.asarray([0.0, 1.0, 50.0, 99.0])
+    params = initial()
 
     def mean_only(params, x, t, cond, *, keys=None):
         return two_numbers(params, x, t, cond)[:, :4]
@@ -203,8 +203,8 @@ def test_fixed_variances_have_a_bound_too(two_point_noise):
     for variance, end in (("small", -1.0), ("large", 1.0)):
         fixed = VLB(variance)
         assert fixed.learned_variance is None
-        value, _ = evaluate(fixed, params, t, network=mean_only)
-        at_end, _ = evaluate(VLB(), {**params, "position": jnp.full(T, end)}, t)
+        value, _ = evaluate(fixed, params, network=mean_only)
+        at_end, _ = evaluate(VLB(), {**params, "position": jnp.full(T, end)})
         # In the last step "large" means log β̃_1, and the range ends at log β_0.
         compared = slice(1 if variance == "large" else 0, None)
         np.testing.assert_allclose(value[compared], at_end[compared], rtol=1e-4)

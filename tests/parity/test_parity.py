@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 
 CASES = Path(__file__).parent / "cases" / "samplers"
 ORIGINALS = CASES.parent / "originals"
+DIFFUSION = CASES.parent / "diffusion"
 
 
 def manifest(folder=CASES):
@@ -145,3 +146,26 @@ def test_original_networks_are_told_apart_by_their_fields(tmp_path, capsys):
     rows = capsys.readouterr().out.splitlines()
     assert rows[0].endswith("FAILED out")
     assert rows[-1] == "0 passed, 1 failed, 3 not implemented"
+
+
+def test_recorded_terms_of_gaussian_diffusion_are_reproduced(capsys):
+    """Tables, moments, steps, loops, losses and bits per dimension; the predicted mean too."""
+    assert runner.main([str(DIFFUSION)]) == 0
+    assert last_line(capsys) == "3 passed, 0 failed, 0 not implemented"
+
+
+def test_gaussian_diffusion_is_told_apart_by_its_fields(tmp_path, capsys):
+    """Another type of loss fails, another form of it is not run."""
+    (tmp_path / "data").symlink_to(DIFFUSION / "data")
+    _, ranged, functions = manifest(DIFFUSION)["cases"]
+
+    def changed(**options):
+        return {**ranged, "init_kwargs": {**ranged["init_kwargs"], **options}}
+
+    unknown = changed(loss_type="L1"), changed(noise_schedule="sqrt"), changed(new_option=1)
+    other = {**functions, "outputs": {"sqrt_of_2": {}}}
+    write(tmp_path, changed(loss_type="MSE"), *unknown, other)
+    assert runner.main([str(tmp_path)]) == 1
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].endswith("FAILED training_losses.vb; training_losses.loss")
+    assert rows[-1] == "0 passed, 1 failed, 4 not implemented"

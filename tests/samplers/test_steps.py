@@ -30,9 +30,9 @@ def level_at(t, schedule=Linear()):
     return NoiseLevel(*(jnp.float32(field) for field in schedule(np.asarray(float(t)))))
 
 
-def constant(x0, var_frac=None):
+def constant(x0, var_frac=None, log_var=None):
     """A denoiser that always says the same."""
-    return lambda x, level: Prediction(jnp.broadcast_to(x0, x.shape), var_frac)
+    return lambda x, level: Prediction(jnp.broadcast_to(x0, x.shape), var_frac, log_var)
 
 
 def both_ancestral(data, x):
@@ -70,24 +70,38 @@ def test_ddpm_draws_from_the_posterior(t, s):
         "small": small,
         "large": large,
         "learned_range": np.exp(frac * np.log(large) + (1 - frac) * np.log(small)),
+        "learned": 0.04,
     }
+    denoise = constant(jnp.float32(x0), jnp.full((4, 2), frac), jnp.full((4, 2), np.log(0.04)))
     for variance, expected in variances.items():
         sampler = DDPM(variance)
-        denoise = constant(jnp.float32(x0), jnp.full((4, 2), frac))
         state = sampler.init(jnp.float32(x))
         out = sampler.step(KEYS, denoise, state, level_at(t), level_at(s), INFO).x
         np.testing.assert_allclose(out, mean + np.sqrt(expected) * noise, atol=1e-4, rtol=1e-4)
+        moments = sampler.moments(denoise(state.x, None), state.x, level_at(t), level_at(s))
+        np.testing.assert_allclose(moments[0], mean, atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(moments[1], np.sqrt(expected), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("variance", ["small", "large", "learned_range"])
+@pytest.mark.parametrize("variance", ["small", "large", "learned_range", "learned"])
 def test_ddpm_ends_without_noise(variance):
     """The step to sigma = 0 returns x0 itself, whatever the variance."""
     x0 = jnp.asarray([[0.3, -0.7]])
-    denoise = constant(x0, jnp.full((4, 2), 0.5))
+    denoise = constant(x0, jnp.full((4, 2), 0.5), jnp.full((4, 2), -1.0))
     out = DDPM(variance).step(
         KEYS, denoise, DDPM().init(jnp.ones((4, 2))), level_at(0), CLEAN, INFO
     )
     np.testing.assert_allclose(out.x, np.broadcast_to(x0, (4, 2)), rtol=0, atol=1e-6)
+
+
+def test_moments_of_the_last_step_are_finite():
+    """Its variance is not drawn from, but guidance of the mean is scaled by it."""
+    x, beta = jnp.ones((4, 2)), Linear().betas()[0]
+    prediction = constant(jnp.zeros(()), jnp.full((4, 2), 0.5), jnp.full((4, 2), -1.0))(x, None)
+    stds = {"small": 0.0, "large": beta**0.5, "learned_range": beta**0.5, "learned": np.exp(-0.5)}
+    for variance, expected in stds.items():
+        _, std = DDPM(variance).moments(prediction, x, level_at(0), CLEAN)
+        np.testing.assert_allclose(std, expected, rtol=1e-4)
 
 
 def test_ddim_eta_interpolates_the_noise():
