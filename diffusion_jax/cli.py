@@ -299,10 +299,17 @@ def parse(arguments: Sequence[str]) -> Any:
         stage, rest = _taken(rest, "--stage")
         config = find(name, tiny=tiny, stage=stage)
         stages = find_stages(name, tiny=tiny)
-        if command == "train" and stage is None and len(stages) > 1:
+        help_wanted = {"-h", "--help"} & set(rest)
+        if command == "train" and stage is None and len(stages) > 1 and not help_wanted:
             return _train_stages(name, stages, rest)
         if run_configs(Path(name)):
             defaults["workdir"] = Path(name)
+            missing = sorted(set(config.system.build().stages) - set(stages))
+            if command == "train" and stage is None and missing:
+                raise ValueError(
+                    f"{name} has not begun the stages {missing}; repeat the command that began it, "
+                    "diffusion-jax train EXPERIMENT --workdir DIR, or choose one with --stage"
+                )
     config, rest = exchange_parts(config, rest)
     cls = COMMANDS[command]
     for field in dataclasses.fields(cls):

@@ -80,7 +80,7 @@ class Evaluation:
       seed: of the samples.
       features: what images are compared by.
       reference: statistics of real data in a file that `metrics.save_reference` wrote, for one
-        more Fréchet distance; "" for none.
+        more Fréchet distance, or None.
 
     Raises:
       ValueError: if a number is out of range.
@@ -91,7 +91,7 @@ class Evaluation:
     batch_size: int = 512
     seed: int = 1
     features: FeaturesPart = PixelFeatures()
-    reference: str = ""
+    reference: str | None = None
 
     def __post_init__(self):
         if self.num_samples < 0 or self.batch_size < 1 or not self.scales:
@@ -205,7 +205,14 @@ def run_configs(workdir: Path) -> dict[str, Path]:
     """
     if (workdir / "config.json").exists():
         return {"base": workdir / "config.json"}
-    return {path.parent.name: path for path in sorted(workdir.glob("*/config.json"))}
+    paths = {path.parent.name: path for path in sorted(workdir.glob("*/config.json"))}
+    return {name: path for name, path in paths.items() if _is_stage(path, name)}
+
+
+def _is_stage(path: Path, name: str) -> bool:
+    """Whether a configuration trains the stage of its folder's name, and is no run of its own."""
+    experiment = load(path)
+    return experiment.training.stage == name and len(experiment.system.build().stages) > 1
 
 
 __all__ = [

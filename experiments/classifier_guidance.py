@@ -8,10 +8,11 @@ class-conditional diffusion model with learned variance, and the classifier of n
 CONFIG has the networks, schedules and optimizers of the released commands for 128 pixels; it
 needs imagenet2012 prepared by tensorflow-datasets as array_record. The numbers of steps are a
 choice of this file, and images are cut out of the middle where the release cuts at random for
-the classifier. The paper's FID of 2.97 at scale 0.5 has not been repeated here.
+the classifier. Evaluating it needs Inception's weights (`--evaluation.features inception`, see
+README). The paper's FID of 2.97 at scale 0.5 has not been repeated here.
 
-TINY is the same system on real 8x8 digits, with an unconditional diffusion model;
-`make proof-classifier_guidance` says what it must show.
+TINY is a small relative on real 8x8 digits: an unconditional diffusion model with fixed variance,
+and an MLP as classifier; `make proof-classifier_guidance` says what it must show.
 """
 
 import sys
@@ -46,7 +47,7 @@ _BASE = Experiment(
         guidance=ClassifierGuidance(scale=0.5, form="mean"),
     ),
     data=TFDS("imagenet2012", image_size=128),
-    optimizer=Optimizer(name="adamw", learning_rate=1e-4, weight_decay=0.0),
+    optimizer=Optimizer(name="adamw", learning_rate=1e-4, weight_decay=0.0, clip_norm=None),
     training=Training(
         num_steps=4_000_000,
         batch_size=256,
@@ -67,6 +68,7 @@ CONFIG = {
             schedule="linear",
             total_steps=300_000,
             weight_decay=0.05,
+            clip_norm=None,
         ),
         training=Training(
             stage="classifier",

@@ -125,8 +125,21 @@ def test_an_unknown_option_is_refused(capsys, option):
     assert option in capsys.readouterr().err
 
 
+def test_help_of_an_experiment_with_several_stages_lists_the_options(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "classifier_guidance", "--help"])
+    assert stop.value.code == 0 and "--system.guidance.scale" in capsys.readouterr().out
+
+
+def test_all_stages_are_trained_in_their_order():
+    command = cli.parse(["train", "classifier_guidance", "--tiny", "--workdir=w"])
+    assert [config.training.stage for config in command.configs] == ["base", "classifier"]
+    one = cli.parse(["train", "classifier_guidance", "--stage", "classifier", "--workdir", "w"])
+    assert one.config.training.stage == "classifier"
+
+
 def test_help_lists_the_commands(capsys):
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in [*cli.COMMANDS, "data prepare"])
+    assert all(command in shown for command in [*cli.COMMANDS, *cli.PLAIN_COMMANDS, "data prepare"])
     assert cli.main([]) == 2

@@ -28,6 +28,8 @@ from diffusion_jax.systems import System
 
 # Real images whose features are computed at once.
 _CHUNK = 512
+# An interrupted evaluation loses at most this much work.
+SAVE_EVERY_SECONDS = 60.0
 
 
 def real_data(experiment: Experiment, *, judged: bool | None = None) -> Real:
@@ -86,8 +88,8 @@ def draw_all(
 ) -> Iterator[tuple[str, Gathered]]:
     """Draws the evaluation's images, one set per guidance scale, batch by batch.
 
-    After every batch what is known so far is stored in `folder`, from where an interrupted
-    evaluation goes on.
+    What is known so far is stored in `folder` every minute and at the end, from where an
+    interrupted evaluation goes on.
 
     Yields:
       (name of the row, what was gathered): "scale 1", … or "samples" without guidance.
@@ -111,10 +113,14 @@ def draw_all(
             guide=None if scale is None else experiment.system.guide(scale),
             progress=name,
         )
+        saved = time.monotonic()
         for images in batches:
             asked = labels[gathered.count : gathered.count + len(images)]
             gathered = gathered.update(images, asked, features=real.features, oracle=real.oracle)
-            write_arrays(path, gathered.to_dict())
+            done = gathered.count == count
+            if done or time.monotonic() - saved >= SAVE_EVERY_SECONDS:
+                write_arrays(path, gathered.to_dict())
+                saved = time.monotonic()
         yield name, gathered
 
 
@@ -133,7 +139,7 @@ def evaluate(experiment: Experiment, workdir: Path) -> dict:
     """Draws, scores, and writes metrics.json with samples.png, guidance.png and loss.png.
 
     Images are drawn over all devices and never held all at once. An evaluation that was
-    interrupted goes on after its last batch, with the same result.
+    interrupted goes on from what it stored last, with the same result.
 
     Returns:
       what metrics.json holds: settings, machine, seconds, rows and summary. Scores that are

@@ -75,6 +75,8 @@ def check_same_model(experiment: Experiment, workdir: Path) -> None:
             for name in MODEL
             if getattr(trained, name, None) != getattr(experiment.system, name, None)
         ]
+        if trained.loss.learned_variance != experiment.system.loss.learned_variance:
+            changed.append("loss (what the variance channels mean)")
         if changed:
             raise ValueError(
                 f"{path.parent} was trained with other values of {', '.join(changed)}; name the "

@@ -13,15 +13,17 @@ from diffusion_jax import cli
 from diffusion_jax.commands import evaluate as evaluate_command
 from diffusion_jax.commands import figures
 from diffusion_jax.commands import train as train_command
-from diffusion_jax.commands.run import restore_stage
+from diffusion_jax.commands.run import check_same_model, restore_stage
 from diffusion_jax.commands.scores import check_expected, summary, table
 from diffusion_jax.core.timesteps import Steps
 from diffusion_jax.data import Digits, ShapesData
 from diffusion_jax.data.sources import Arrays
-from diffusion_jax.experiment import Evaluation, Training, find, find_stages
+from diffusion_jax.experiment import Evaluation, Training, find, find_stages, save
 from diffusion_jax.io.files import write_text
+from diffusion_jax.losses import Hybrid
 from diffusion_jax.metrics import GaussianStats, Pixels, save_reference
 from diffusion_jax.models import MLPClassifierConfig, MLPConfig
+from diffusion_jax.samplers import DDPM
 
 pytestmark = pytest.mark.slow
 
@@ -132,6 +134,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(workdir, tmp_path, 
             raise KeyboardInterrupt("stopped")
 
     monkeypatch.setattr(evaluate_command, "write_arrays", stop_after_two)
+    monkeypatch.setattr(evaluate_command, "SAVE_EVERY_SECONDS", 0.0)
     assert cli.main(call) == 130
     assert cli.main(call) == 1
     assert written == [30, 60, 90, 120, 150] + [30, 60, 90, 120, 150]
@@ -329,6 +332,26 @@ def test_all_stages_sample_and_are_evaluated_together(two_stages, tmp_path):
     assert cli.main(["evaluate", str(two_stages)]) == 0
     rows = json.loads((two_stages / "metrics.json").read_text())["rows"]
     assert {"scale 0", "scale 3"} <= set(rows) and "accuracy" in rows["scale 3"]
+
+
+def test_a_folder_of_runs_is_no_run_of_several_stages(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "base")
+    with pytest.raises(ValueError, match="no experiment"):
+        find_stages(str(tmp_path))
+
+
+def test_a_run_that_was_left_before_its_second_stage_says_so(two_stages, tmp_path, capsys):
+    shutil.copytree(two_stages / "base", tmp_path / "run" / "base")
+    assert cli.main(["train", str(tmp_path / "run")]) == 2
+    assert "not begun the stages ['classifier']" in capsys.readouterr().err
+
+
+def test_variance_channels_keep_their_meaning(tmp_path):
+    tiny = find("improved_ddpm", tiny=True)
+    save(tiny, tmp_path / "config.json")
+    system = replace(tiny.system, loss=Hybrid("learned"), sampler=DDPM("learned"))
+    with pytest.raises(ValueError, match="what the variance channels mean"):
+        check_same_model(replace(tiny, system=system), tmp_path)
 
 
 def test_options_of_a_stage_need_its_name(two_stages, capsys):

@@ -120,3 +120,15 @@ def test_combine_refuses_nothing_and_a_null_of_other_slots():
     crooked = constant(vector=jnp.ones((2, 3)))._replace(null=lambda params, batch: Condition())
     with pytest.raises(ValueError, match="vector"):
         combine(a=crooked).null({"a": {}}, {})
+
+
+def test_without_a_null_label_the_table_has_the_classes_alone():
+    """ADM's table, so that its weights fit."""
+    conditioner = label(3, 4, null=False)
+    params = conditioner.init(jax.random.key(0))
+    assert params["embedding"].shape == (3, 4)
+    batch = {"label": jnp.asarray([2, 0])}
+    np.testing.assert_array_equal(
+        conditioner.apply(params, batch, None).vector, params["embedding"][jnp.asarray([2, 0])]
+    )
+    assert not conditioner.null(params, batch).vector.any()

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from diffusion_jax.core.condition import Condition
-from diffusion_jax.core.denoiser import TIME_INPUTS, make_denoiser
+from diffusion_jax.core.denoiser import TIME_INPUTS, RescaledTime, make_denoiser
 from diffusion_jax.core.parameterization import X0, EDMPreconditioning, Eps
+from diffusion_jax.core.schedules import Cosine
 from diffusion_jax.core.types import NoiseLevel
 from tests.analytic import MIXTURE
 
@@ -97,3 +98,9 @@ def test_wrong_number_of_channels_is_refused(learned, channels):
 
     with pytest.raises(ValueError, match=rf"\(2, {channels}\).*learned_variance is {learned!r}"):
         make_denoiser(network, X0(), learned_variance=learned)({})(X, LEVEL, Condition())
+
+
+def test_rescaled_time_runs_over_the_range_of_a_thousand_steps():
+    """The last of 4000 steps is told 999.75, the first 0."""
+    level = Cosine(4000)(np.asarray([0.0, 3999.0]))
+    np.testing.assert_allclose(RescaledTime(4000)(level), [0.0, 999.75])

@@ -105,7 +105,7 @@ def test_the_control_sees_clean_data_at_the_first_time():
     loss, _ = clean(WEIGHT, X0, late, LABELS, KEYS)
     [(x, t)] = seen
     np.testing.assert_array_equal(x, X0)
-    np.testing.assert_array_equal(t, np.full(4, SCHEDULE.t_min))
+    np.testing.assert_array_equal(t, late)
     noisy, _ = NoisyCrossEntropy().per_example(network, SCHEDULE, EPS)(
         WEIGHT, X0, late, LABELS, KEYS
     )

@@ -20,6 +20,7 @@ from diffusion_jax.core.schedules import (
     Betas,
     Cosine,
     DiscreteSchedule,
+    LaplaceBeta,
     Linear,
     ScaledLinear,
     SigmoidBeta,
@@ -94,6 +95,8 @@ def _schedule(options: Options) -> DiscreteSchedule:
         schedule = Betas(len(trained), tuple(float(beta) for beta in trained))
     elif name == "squaredcos_cap_v2":
         schedule = Cosine(total)
+    elif name == "laplace":
+        schedule = LaplaceBeta(total)
     elif name in BETA_SCHEDULES:
         schedule = BETA_SCHEDULES[name](total, beta_start=start, beta_end=end)
     else:

@@ -152,3 +152,11 @@ def test_a_class_conditional_base_is_told_the_label():
     one = system.build().sample(params, LABELS, KEYS)
     other = system.build().sample(params, {"label": (LABELS["label"] + 1) % 3}, KEYS)
     assert np.abs(one - other).max() > 1e-4
+
+
+def test_guides_of_other_systems_are_refused_where_they_are_given():
+    with pytest.raises(ValueError, match="guided by its classifier, got ClassifierFree"):
+        BUILT.sample(PARAMS, LABELS, KEYS, guide=ClassifierFree(3.0))
+    with pytest.raises(ValueError, match="ancestral sampling only"):
+        guide = ClassifierGuidance(1.0, form="mean")
+        BUILT.sample(PARAMS, LABELS, KEYS, guide=guide, sampler=DDIM())
