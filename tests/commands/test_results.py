@@ -127,6 +127,7 @@ def fake_proof(calls, stop=()):
     )
 
 
+@pytest.mark.slow
 def test_a_proof_goes_on_where_it_was_and_is_recorded_once(tmp_path, monkeypatch, capsys):
     calls = []
     call = {"workdir": tmp_path / "runs", "seed": 2, "results": tmp_path / "R.md"}

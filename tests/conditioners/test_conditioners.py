@@ -46,6 +46,7 @@ def test_label_refuses_what_is_no_label(batch, message):
         conditioner.apply(conditioner.init(jax.random.key(0)), batch, None)
 
 
+@pytest.mark.slow
 def test_dropout_needs_keys_and_has_its_rate():
     """4,000 examples at rate 0.3: the share of nulls is within 4 standard errors."""
     conditioner = with_dropout(label(3, 5), 0.3)

@@ -26,6 +26,7 @@ def test_the_noisier_neighbour_of_every_time():
     np.testing.assert_array_equal(level.t, [*TIMES[1:], 9.0])
 
 
+@pytest.mark.slow
 def test_neighbours_of_traced_times_and_of_single_ones():
     for function in (previous_level, following_level):
         traced, exact = function(SCHEDULE, jnp.float32(TIMES)), function(SCHEDULE, TIMES)

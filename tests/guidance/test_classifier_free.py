@@ -45,6 +45,7 @@ def guide(guidance, x, level, cond, uncond):
     return guidance(MIXTURE.denoise, uncond)(x, level, cond).x0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule, t", [(Linear(), 20.0), (Linear(), 300.0), (Linear(), 900.0),
                                          (EDM(), 0.3), (EDM(), 5.0)])  # fmt: skip
 def test_guided_score_is_that_of_the_bayes_classifier(schedule, t, x64):

@@ -67,6 +67,7 @@ def test_score_form_holds_in_float32(schedule):
     assert np.all(error < 1e-5 * (1.0 + level.sigma / level.alpha))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [-1.0, 0.5, 3.0, 7.5])
 def test_classifier_guidance_is_classifier_free_guidance_by_bayes(scale, x64):
     """ε_∅ - s σ ∇ log p(y | x) = ε_∅ + s (ε_c - ε_∅), and w on the conditional is 1 + w."""

@@ -26,6 +26,7 @@ def _file(peer):
     return tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant, peer", [("pytorch-fid", "pytorch-fid"), ("torchvision", "torchvision")]
 )

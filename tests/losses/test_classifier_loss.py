@@ -69,6 +69,7 @@ def test_shapes_and_types_that_do_not_fit_are_refused(logits, labels, words):
         log_prob(logits, labels)
 
 
+@pytest.mark.slow
 def test_loss_and_accuracy_are_those_of_the_noisy_example():
     example_loss = NoisyCrossEntropy().per_example(network, SCHEDULE, EPS)
     loss, metrics = jax.jit(example_loss)(WEIGHT, X0, T, LABELS, KEYS)
@@ -120,6 +121,7 @@ def bayes_logits(scale, x, t, cond, *, keys=None):
     return scale * jnp.stack([-odds, odds], axis=1) / 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale, least", [(1.0, 0.0), (0.5, 20.0), (2.0, 20.0)])
 def test_the_minimum_is_the_exact_posterior(scale, least):
     """The gradient is zero within five standard errors there, and far from it elsewhere."""
@@ -144,6 +146,7 @@ def test_the_minimum_is_the_exact_posterior(scale, least):
     assert errors < 5 if least == 0.0 else errors > least
 
 
+@pytest.mark.slow
 def test_the_average_is_over_times_that_the_schedule_draws():
     example_loss = NoisyCrossEntropy().per_example(network, SCHEDULE, EPS)
     keys = image_keys(5, range(4))

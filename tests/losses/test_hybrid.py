@@ -82,6 +82,7 @@ def train(loss):
     return jax.tree.map(np.asarray, run(initial()))
 
 
+@pytest.mark.slow
 def test_the_optimal_curve_of_the_variance_is_learned(two_point_noise):
     """v*(t) of improved DDPM on Gaussian data, and with it the exact eps."""
     curve, _ = optimal_variances()
@@ -140,6 +141,7 @@ def test_the_bound_alone_moves_the_mean():
     assert np.all(np.abs(vb["slope"]) > 0) and np.all(np.abs(vb["position"]) > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("total", [100, 1000, 4000])
 def test_the_two_rescalings_of_the_hybrid(total):
     """λ T L_t against 1000 λ L_t: the same at T = 1000, four times as much at 4000."""

@@ -98,6 +98,7 @@ def test_loss_of_the_exact_network_is_the_irreducible_one(name):
     assert abs(values()[name] / expected - 1) < 0.1, (values()[name], expected)
 
 
+@pytest.mark.slow
 def test_loss_of_a_network_that_says_nothing_is_the_targets_variance():
     # Var(eps) = 1, standard error √(2 / 8000) = 0.016.
     assert abs(values()["silent"] - 1.0) < 0.07

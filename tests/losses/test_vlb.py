@@ -328,6 +328,7 @@ def test_the_last_step_of_a_chain_is_as_wide_as_the_one_before():
     np.testing.assert_allclose(ours, bits.mean(axis=1), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_other_variances_reach_the_terms():
     """A given fraction is the predicted one, 0.3, and a predicted log variance is of its own."""
     ranged = compiled(short(4), variance="learned_range").vlb

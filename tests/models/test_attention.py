@@ -76,6 +76,7 @@ def test_a_cpu_tiles_what_is_big(monkeypatch):
     assert attention_module._choose(q, k, None) == "tiled"
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_a_float32_softmax():
     """2000 equal logits: bfloat16 sums of 1 would stop at 256."""
     q = jnp.zeros((1, 1, 1, 8), jnp.bfloat16)
@@ -104,6 +105,7 @@ def test_what_does_not_fit_is_refused(change, words):
         dot_product_attention(**arguments, **options)
 
 
+@pytest.mark.slow
 def test_attention_module_projects_splits_and_joins_heads():
     x, context = normal(0, 2, 3, 4), normal(1, 2, 5, 6)
     module = Attention(num_heads=2)

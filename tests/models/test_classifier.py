@@ -65,6 +65,7 @@ def test_logits_are_float32_whatever_the_network_computes_in(name):
         assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(dtype)}
 
 
+@pytest.mark.slow
 @every_classifier
 def test_dropout_follows_the_keys_example_by_example(name):
     out = logits_of(TINY[name])

@@ -58,6 +58,7 @@ def applied(config):
     return call
 
 
+@pytest.mark.slow
 @every_network
 def test_shapes_and_types_are_the_promised_ones(name):
     config = TINY[name]
@@ -90,6 +91,7 @@ def test_a_new_network_is_zero(name):
     np.testing.assert_array_equal(out, np.zeros((4, 4, 4, 2)))
 
 
+@pytest.mark.slow
 @every_network
 def test_dropout_follows_the_keys_example_by_example(name):
     config = TINY[name]

@@ -215,6 +215,7 @@ def test_the_two_forms_agree_as_steps_become_many():
     assert all(3.5 < error[n] / error[4 * n] < 5.0 for n in (32, 128)), error
 
 
+@pytest.mark.slow
 def test_a_flipped_sign_leaves_the_class():
     """What the right sign makes certain becomes rare."""
     x = drawn(DDPM("large"), form="mean", scale=-1.0)

@@ -49,6 +49,7 @@ def test_ddim_at_eta_one_is_ddpm_with_small_variance():
     np.testing.assert_allclose(ddim, ddpm, rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_ddim_at_eta_one_is_ddpm_with_small_variance_in_float64(x64):
     ddim, ddpm = both_ancestral(MIXTURE, jnp.asarray(initial_noise(KEYS, (2,)), jnp.float64))
     np.testing.assert_allclose(ddim, ddpm, rtol=0, atol=1e-12)

@@ -67,6 +67,7 @@ def drawn(scale=2.0, *, labels=LABELS, steps=4, form="score", params=PARAMS):
     return draw(params, labels, KEYS, guide, as_arrays(SYSTEM.sampler), grid)
 
 
+@pytest.mark.slow
 def test_one_compilation_for_scale_labels_steps_and_parameters():
     reference, before = drawn(), len(TRACES)
     classifier = jax.tree.map(lambda x: 0.5 * x, PARAMS["classifier"])
@@ -80,6 +81,7 @@ def test_one_compilation_for_scale_labels_steps_and_parameters():
     assert len(TRACES) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["score", "mean"])
 def test_scale_0_is_the_base_model_and_ignores_the_label(form):
     base = BUILT.stages["base"].sample(PARAMS["base"], LABELS, KEYS)
@@ -88,6 +90,7 @@ def test_scale_0_is_the_base_model_and_ignores_the_label(form):
     np.testing.assert_allclose(unguided, base, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_guidance_raises_the_classifiers_probability_of_the_label():
     """At the last step, where the classifier sees almost the image itself."""
     classifier = SYSTEM.classifier.build()
@@ -110,6 +113,7 @@ def test_the_threshold_stands_before_guidance():
     assert np.abs(drawn(-100)).max() > 1.1
 
 
+@pytest.mark.slow
 def test_the_classifier_stage_trains_on_noisy_images_and_draws_nothing():
     stage = BUILT.stages["classifier"]
     params = stage.init(jax.random.key(0))
@@ -146,6 +150,7 @@ def test_a_scale_needs_guidance():
         replace(SYSTEM, guidance=Unguided()).guide(2.0)
 
 
+@pytest.mark.slow
 def test_a_class_conditional_base_is_told_the_label():
     system = replace(SYSTEM, class_conditional=True, guidance=Unguided())
     params = params_of(system)

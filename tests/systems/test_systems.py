@@ -248,6 +248,7 @@ def test_a_learned_variance_needs_twice_the_channels():
         jax.eval_shape(stage.loss, params, {"image": jnp.zeros((4, 4, 4, 1))}, KEYS)
 
 
+@pytest.mark.slow
 def test_the_learned_variance_reaches_the_sampler():
     """Its channels change the image; without noise in them the steps are the same."""
     system = hybrid_system()
@@ -262,6 +263,7 @@ def test_the_learned_variance_reaches_the_sampler():
     np.testing.assert_array_equal(*with_fixed)
 
 
+@pytest.mark.slow
 def test_loss_aware_times_train_with_a_memory():
     stage = hybrid_system(loss=VLB(), times=LossAware(history=2)).build().stages["base"]
     tx = Optimizer().build()

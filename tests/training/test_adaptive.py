@@ -125,6 +125,7 @@ def _reference():
     return _run(_whole(), _state(_loss_aware()), num_steps=5)
 
 
+@pytest.mark.slow
 def test_the_reference_leaves_warmup_and_prefers_what_was_large():
     """Otherwise the tests against it would say nothing of importance sampling."""
     memory = _reference()[0].loss_state
@@ -174,6 +175,7 @@ class Data(toy.Data):
         return toy.batch(self.position, size=8)
 
 
+@pytest.mark.slow
 def test_resumed_from_a_checkpoint_equals_uninterrupted_bit_for_bit(tmp_path):
     """Past warm-up, where a memory that was lost would change the times."""
 
