@@ -2,7 +2,7 @@
 #
 #   make demo                  runs the main job on this machine
 #   make test                  runs every test
-#   make check                 lint, types and the fast tests, in about a minute and a half
+#   make check                 lint, types and the fast tests
 #   make parity PARITY=folder  compares with reference cases in a folder
 #   make proofs                every proof; make proof-NAME one of them, SEED=n another seed
 #   make ablate-NAME           a proof and its retrained controls with three seeds

@@ -92,7 +92,7 @@ def named_sheets(path: Path, sheets: Mapping[str, np.ndarray], *, columns: int) 
     figure, axes = plt.subplots(
         len(sheets),
         1,
-        figsize=(6.0, 0.3 + 4.2 * sum(heights)),
+        figsize=(6.0, 0.12 * len(sheets) + 4.4 * sum(heights)),
         height_ratios=heights,
         layout="constrained",
         squeeze=False,
