@@ -25,7 +25,7 @@ from diffusion_jax.experiments.proofs.common import real_rows
 from diffusion_jax.guidance import Unguided
 from diffusion_jax.losses import VLB, LossAware, Simple
 from diffusion_jax.losses.vlb import bits_per_dim
-from diffusion_jax.samplers import DDIM, DDPM
+from diffusion_jax.samplers import DDIM, DDPM, Sampler
 
 TINY = improved_ddpm.TINY
 HALF_BIN = TINY.system.loss.half_bin
@@ -43,13 +43,14 @@ SIMPLE = without_variance(TINY)
 BOUND = replace(TINY, system=replace(TINY.system, loss=VLB(half_bin=HALF_BIN), times=LossAware()))
 
 
-def images_of(bench: Bench, arm: str, sampler, num_steps: int, count: int | None = None):
-    """Images of an arm, with the labels that the bench's rows are counted by."""
-    labels = bench.labels(count)
+def images_of(
+    bench: Bench, arm: str, sampler: Sampler, num_steps: int, count: int | None = None
+) -> np.ndarray:
+    """Images of an arm, as many as there are training images if count is None."""
     system = bench.experiment(arm).system
     grid = Steps(num_steps=num_steps).grid(system.schedule)
     params = {"base": bench.params(arm)}
-    return bench.draw(system, params, labels, sampler=sampler, grid=grid), labels
+    return bench.draw(system, params, bench.labels(count), sampler=sampler, grid=grid)
 
 
 def score(bench: Bench, images: np.ndarray) -> Scores:
@@ -61,14 +62,14 @@ def score(bench: Bench, images: np.ndarray) -> Scores:
 
 def ddim_30(arm: str) -> Callable[[Bench], Scores]:
     """Scores with 30 steps of DDIM."""
-    return lambda bench: score(bench, images_of(bench, arm, DDIM(), 30)[0])
+    return lambda bench: score(bench, images_of(bench, arm, DDIM(), 30))
 
 
 def ancestral_8(arm: str, variance: str) -> Callable[[Bench], Scores]:
     """Fréchet distance with 8 ancestral steps of a variance."""
 
     def measure(bench: Bench) -> Scores:
-        images, _ = images_of(bench, arm, DDPM(variance), 8)
+        images = images_of(bench, arm, DDPM(variance), 8)
         return {"frechet_train": score(bench, images)["frechet_train"]}
 
     return measure
@@ -163,10 +164,10 @@ def derive(scores: Scores) -> Scores:
 
 
 def draw(bench: Bench, path: Path) -> None:
-    """Digits of 30 DDIM steps, of 8 ancestral steps with each variance, and a Gaussian fit."""
-    sheets = {"DDIM 30": images_of(bench, "hybrid", DDIM(), 30, 20)[0]}
+    """Digits of 30 DDIM steps, of 8 ancestral steps with each variance, and real ones."""
+    sheets = {"DDIM 30": images_of(bench, "hybrid", DDIM(), 30, 20)}
     for variance in ("learned_range", *FIXED):
-        sheets[f"8, {variance}"] = images_of(bench, "hybrid", DDPM(variance), 8, 20)[0]
+        sheets[f"8, {variance}"] = images_of(bench, "hybrid", DDPM(variance), 8, 20)
     sheets["real"] = bench.splits["test"]["image"][:20]
     figures.named_sheets(path, sheets, columns=10)
 
