@@ -30,6 +30,9 @@ from diffusion_jax.samplers import DDIM, DDPM, Sampler
 TINY = improved_ddpm.TINY
 HALF_BIN = TINY.system.loss.half_bin
 FIXED = ("small", "large")
+THIRTY = Steps(num_steps=30)
+# As the paper respaces: even, both ends included, so that the last step starts at little noise.
+EIGHT = Steps(spacing="linspace", num_steps=8, round_t=True)
 
 
 def without_variance(experiment):
@@ -44,11 +47,11 @@ BOUND = replace(TINY, system=replace(TINY.system, loss=VLB(half_bin=HALF_BIN), t
 
 
 def images_of(
-    bench: Bench, arm: str, sampler: Sampler, num_steps: int, count: int | None = None
+    bench: Bench, arm: str, sampler: Sampler, steps: Steps, count: int | None = None
 ) -> np.ndarray:
     """Images of an arm, as many as there are training images if count is None."""
     system = bench.experiment(arm).system
-    grid = Steps(num_steps=num_steps).grid(system.schedule)
+    grid = steps.grid(system.schedule)
     params = {"base": bench.params(arm)}
     return bench.draw(system, params, bench.labels(count), sampler=sampler, grid=grid)
 
@@ -62,14 +65,14 @@ def score(bench: Bench, images: np.ndarray) -> Scores:
 
 def ddim_30(arm: str) -> Callable[[Bench], Scores]:
     """Scores with 30 steps of DDIM."""
-    return lambda bench: score(bench, images_of(bench, arm, DDIM(), 30))
+    return lambda bench: score(bench, images_of(bench, arm, DDIM(), THIRTY))
 
 
 def ancestral_8(arm: str, variance: str) -> Callable[[Bench], Scores]:
     """Fréchet distance with 8 ancestral steps of a variance."""
 
     def measure(bench: Bench) -> Scores:
-        images = images_of(bench, arm, DDPM(variance), 8)
+        images = images_of(bench, arm, DDPM(variance), EIGHT)
         return {"frechet_train": score(bench, images)["frechet_train"]}
 
     return measure
@@ -79,7 +82,7 @@ def untrained(bench: Bench) -> Scores:
     """Fréchet distance of a network as it was initialised."""
     stage = TINY.system.build().stages["base"]
     params = {"base": jax.jit(stage.init)(jax.random.key(bench.seed))}
-    grid = Steps(num_steps=30).grid(TINY.system.schedule)
+    grid = THIRTY.grid(TINY.system.schedule)
     images = bench.draw(TINY.system, params, bench.labels(), sampler=DDIM(), grid=grid)
     return {"frechet_train": score(bench, images)["frechet_train"]}
 
@@ -165,14 +168,17 @@ def derive(scores: Scores) -> Scores:
 
 def draw(bench: Bench, path: Path) -> None:
     """Digits of 30 DDIM steps, of 8 ancestral steps with each variance, and real ones."""
-    sheets = {"DDIM 30": images_of(bench, "hybrid", DDIM(), 30, 20)}
+    sheets = {"DDIM 30": images_of(bench, "hybrid", DDIM(), THIRTY, 20)}
     for variance in ("learned_range", *FIXED):
-        sheets[f"8, {variance}"] = images_of(bench, "hybrid", DDPM(variance), 8, 20)
+        sheets[f"8, {variance}"] = images_of(bench, "hybrid", DDPM(variance), EIGHT, 20)
     sheets["real"] = bench.splits["test"]["image"][:20]
     figures.named_sheets(path, sheets, columns=10)
 
 
-EIGHT = (("hybrid", "learned_range"), *((a, v) for a in ("hybrid", "simple") for v in FIXED))
+VARIANCES = (
+    ("hybrid", "learned_range"),
+    *((arm, variance) for arm in ("hybrid", "simple") for variance in FIXED),
+)
 
 PROOF = Proof(
     arms={"hybrid": TINY, "simple": SIMPLE},
@@ -183,7 +189,7 @@ PROOF = Proof(
         "Gaussian": gaussian_fit,
         "replay": replay,
         "bits, T = 100": saved_bits(100, ("hybrid", "simple")),
-        **{f"8 steps, {arm}, {v}": ancestral_8(arm, v) for arm, v in EIGHT},
+        **{f"8 steps, {arm}, {v}": ancestral_8(arm, v) for arm, v in VARIANCES},
     },
     derive=derive,
     claims=(
