@@ -153,7 +153,8 @@ PROOF = Proof(
         Claim("accuracy_from_classifier", high=0.02),
         Claim("frechet_over_classifier", 0.33, 3.0),
         Claim("scale 1/nearest_ratio", low=0.7),
-        Claim("at scale 1/difference", high=0.0),
+        # Two programs round differently; in one, scale 1 is equal bit for bit (tests/guidance).
+        Claim("at scale 1/difference", high=1e-4),
         Claim("at scale 1/one_plus_scale_difference", low=0.1, control=True),
         Claim("scale 0/accuracy", high=0.2, control=True),
         Claim("real/shuffled_accuracy", high=0.2, control=True),
