@@ -100,7 +100,8 @@ def named_sheets(path: Path, sheets: Mapping[str, np.ndarray], *, columns: int) 
     for ax, name, picture in zip(axes[:, 0], sheets, pictures, strict=True):
         _show(ax, picture)
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
-    figure.savefig(path, dpi=110)
+    # Long names would be cut.
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
