@@ -1,20 +1,23 @@
 """evaluate: scores, pictures and expectations of a trained run, written into its directory."""
 
 import json
-import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 
-import diffusion_jax
 from diffusion_jax.commands import figures
 from diffusion_jax.commands.gather import Gathered, gather
-from diffusion_jax.commands.run import check_same_model, num_classes, restore_params, stage_dir
+from diffusion_jax.commands.run import (
+    check_same_model,
+    num_classes,
+    provenance,
+    restore_params,
+    stage_dir,
+)
 from diffusion_jax.commands.sample import make_batch_sampler
 from diffusion_jax.commands.scores import Real, check_expected, compare, frame, summary, table
 from diffusion_jax.configuration import to_dict
@@ -69,18 +72,6 @@ def _chunks(
         labels = np.asarray([e["label"] if labelled else 0 for e in examples], np.int32)
         seen.append(labels)
         yield np.stack([example["image"] for example in examples]), labels
-
-
-def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
-    device = jax.devices()[0]
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": f"{jax.device_count()} x {device.device_kind}",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "diffusion_jax": diffusion_jax.__version__,
-    }
 
 
 def draw_all(
@@ -190,7 +181,7 @@ def evaluate(experiment: Experiment, workdir: Path) -> dict:
     report = {
         "settings": settings,
         "frechet": real.features.feature.frechet_label,
-        "machine": machine(),
+        "machine": provenance(),
         "seconds": round(time.time() - start, 1),
         "rows": rows,
         "summary": summary(rows),

@@ -2,22 +2,19 @@
 
 import functools
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from diffusion_jax.commands import figures
 from diffusion_jax.commands.evaluate import real_data
 from diffusion_jax.commands.results import append_row, mean_and_error
-from diffusion_jax.commands.run import restore_stage, stage_dir
+from diffusion_jax.commands.run import provenance, restore_stage, stage_dir
 from diffusion_jax.commands.sample import make_sampler
 from diffusion_jax.commands.scores import Real
 from diffusion_jax.commands.train import train
@@ -186,20 +183,6 @@ def find_proof(name: str) -> Proof:
     if name not in PROOFS:
         raise ValueError(f"no proof {name!r}: expected one of {list(PROOFS)}")
     return import_module(f"diffusion_jax.experiments.proofs.{name}").PROOF
-
-
-def provenance() -> dict[str, str]:
-    """What a row of results says of the machine and the libraries."""
-    versions = [f"{name} {metadata.version(name)}" for name in ("jax", "flax", "optax", "numpy")]
-    device = jax.devices()[0]
-    hardware = f"{jax.device_count()} x {device.device_kind}"
-    if device.platform == "cpu":
-        hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": hardware,
-        "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
-    }
 
 
 def prove(name: str, *, workdir: Path, seed: int, results: Path) -> bool:

@@ -1,13 +1,39 @@
 """A run: what the commands share of an experiment and its working directory."""
 
+import os
+import platform
+import time
+from importlib import metadata
 from pathlib import Path
 
+import jax
+
+import diffusion_jax
 from diffusion_jax.core.types import Params
 from diffusion_jax.experiment import Experiment, load
 from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.systems import Stage, System
 
 GRID_COLUMNS = 10
+
+
+def provenance() -> dict[str, str]:
+    """When, on what and with which libraries numbers are measured."""
+    names = ("jax", "flax", "optax", "numpy")
+    versions = [
+        f"Python {platform.python_version()}",
+        *(f"{name} {metadata.version(name)}" for name in names),
+        f"diffusion_jax {diffusion_jax.__version__}",
+    ]
+    device = jax.devices()[0]
+    hardware = f"{jax.device_count()} x {device.device_kind}"
+    if device.platform == "cpu":
+        hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware,
+        "versions": ", ".join(versions),
+    }
 
 
 def num_classes(experiment: Experiment) -> int | None:
