@@ -13,7 +13,7 @@ from diffusion_jax.guidance import GUIDANCE, THRESHOLDS
 from diffusion_jax.losses import LOSSES, TIMES, WEIGHTS
 from diffusion_jax.losses.vlb import bits_per_dim
 from diffusion_jax.models import CLASSIFIERS, NETWORKS
-from diffusion_jax.samplers import SAMPLERS, initial_noise, sample
+from diffusion_jax.samplers import SAMPLERS, fit_grid, initial_noise, sample
 from diffusion_jax.systems import SYSTEMS, diffusion_stage
 
 __version__ = "0.1.0"
@@ -42,6 +42,7 @@ __all__ = [
     "bits_per_dim",
     "by_glob",
     "diffusion_stage",
+    "fit_grid",
     "image_keys",
     "initial_noise",
     "log_snr",

@@ -9,6 +9,10 @@ from diffusion_jax.core.schedules import NoiseSchedule
 from diffusion_jax.core.types import Array, NoiseLevel
 
 
+def _at(levels: NoiseLevel, index: Array | int) -> NoiseLevel:
+    return NoiseLevel(*(jnp.asarray(field)[index] for field in levels))
+
+
 class Grid(NamedTuple):
     """Noise levels from noisy to clean, padded with the last one to a fixed length.
 
@@ -20,6 +24,10 @@ class Grid(NamedTuple):
       levels: every field [MAX + 1].
       start: [] int32, the first step; larger than 0 for image-to-image.
       stop: [] int32, the number of steps.
+      middle: a level inside of each step, every field [MAX], for samplers that evaluate the
+        network there (see `with_middle`); None where there are none.
+      ends: where each step ends, every field [MAX], for published samplers whose steps do not
+        end where the next one starts; None where they do.
 
     Source: none; a convention of this library.
     """
@@ -27,10 +35,20 @@ class Grid(NamedTuple):
     levels: NoiseLevel
     start: Array | int
     stop: Array | int
+    middle: NoiseLevel | None = None
+    ends: NoiseLevel | None = None
 
     def level(self, index: Array | int) -> NoiseLevel:
         """The level before step `index`, every field []."""
-        return NoiseLevel(*(jnp.asarray(field)[index] for field in self.levels))
+        return _at(self.levels, index)
+
+    def next_level(self, index: Array | int) -> NoiseLevel:
+        """The level that step `index` ends at, every field []."""
+        return _at(self.levels, index + 1) if self.ends is None else _at(self.ends, index)
+
+    def middle_level(self, index: Array | int) -> NoiseLevel | None:
+        """The level inside of step `index`, every field []; None where the grid has none."""
+        return None if self.middle is None else _at(self.middle, index)
 
     def starting_at(self, step: int) -> "Grid":
         """The same grid without its first `step` steps (image-to-image).
@@ -45,6 +63,51 @@ class Grid(NamedTuple):
     def fixed(self) -> "Grid":
         """The grid with Python bounds: reverse-mode gradients pass, and each length compiles."""
         return self._replace(start=int(self.start), stop=int(self.stop))
+
+
+MIDDLES = ("log_snr", "time")
+
+
+def with_middle(grid: Grid, schedule: NoiseSchedule, rule: str) -> Grid:
+    """The grid with a level inside of each step, where some samplers evaluate the network.
+
+    The rule says what lies halfway between start and end: "log_snr", so that the noise-to-signal
+    ratio σ/α is the geometric mean of both, or "time", of a discrete schedule. All fields of
+    the level are the schedule's own. Where log-SNR is infinite at either end, the middle is the
+    end, and samplers take a step without it.
+
+    Args:
+      grid: without jumps upwards.
+      schedule: that the grid was made of.
+      rule: one of MIDDLES.
+
+    Raises:
+      ValueError: if the rule is unknown, or is "time" and the schedule continuous.
+
+    Source: "log_snr": Karras et al. 2022 (arXiv:2206.00364), appendix D.2 with DPM-Solver-2 of Lu
+    et al. 2022 (arXiv:2206.00927), algorithm 1, r1 = 1/2; "time": Liu et al. 2022
+    (arXiv:2202.09778), eq. 13.
+    """
+    if rule not in MIDDLES:
+        raise ValueError(f"rule must be one of {MIDDLES}, got {rule!r}")
+    if rule == "time" and schedule.num_timesteps is None:
+        raise ValueError(
+            f"the middle in time is for discrete schedules, {type(schedule).__name__} is continuous"
+        )
+    here = NoiseLevel(*(jnp.asarray(field)[:-1] for field in grid.levels))
+    there = NoiseLevel(*(jnp.asarray(f)[1:] for f in grid.levels))
+    there = there if grid.ends is None else grid.ends
+    if rule == "time":
+        return grid._replace(middle=schedule(0.5 * (here.t + there.t)))
+    finite = (here.alpha > 0) & (here.sigma > 0) & (there.alpha > 0) & (there.sigma > 0)
+
+    def log_snr(level):
+        alpha, sigma = (jnp.where(finite, rate, 1.0) for rate in (level.alpha, level.sigma))
+        return 2.0 * (jnp.log(alpha) - jnp.log(sigma))
+
+    level = schedule(schedule.inverse(0.5 * (log_snr(here) + log_snr(there))))
+    fields = zip(level, there, strict=True)
+    return grid._replace(middle=NoiseLevel(*(jnp.where(finite, m, end) for m, end in fields)))
 
 
 def check_num_steps(num_steps: int, max_steps: int) -> None:

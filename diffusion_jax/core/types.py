@@ -42,11 +42,14 @@ class Prediction(NamedTuple):
         None where the network learned no such range.
       log_var: [B, ...] log variance of the reverse step of the training chain, or None where
         the network learned none.
+      raw_x0: [B, ...] x0 before it was thresholded, or None where it was not. Only the variants of
+        samplers that reproduce published code read it.
     """
 
     x0: Array
     var_frac: Array | None = None
     log_var: Array | None = None
+    raw_x0: Array | None = None
 
 
 class DenoiseFn(Protocol):

@@ -5,7 +5,12 @@ from flax import struct
 
 from diffusion_jax.core.arrays import per_example
 from diffusion_jax.core.condition import Condition
-from diffusion_jax.core.types import Array, DenoiseFn, NoiseLevel
+from diffusion_jax.core.types import Array, DenoiseFn, NoiseLevel, Prediction
+
+
+def _thresholded(prediction: Prediction, x0: Array) -> Prediction:
+    raw = prediction.x0 if prediction.raw_x0 is None else prediction.raw_x0
+    return prediction._replace(x0=x0, raw_x0=raw)
 
 
 @struct.dataclass
@@ -31,7 +36,7 @@ class StaticThreshold:
 
         def clipped(x: Array, level: NoiseLevel, cond: Condition):
             prediction = denoise(x, level, cond)
-            return prediction._replace(x0=jnp.clip(prediction.x0, -self.limit, self.limit))
+            return _thresholded(prediction, jnp.clip(prediction.x0, -self.limit, self.limit))
 
         return clipped
 
@@ -63,6 +68,6 @@ class DynamicThreshold:
             magnitude = jnp.abs(prediction.x0).reshape(x.shape[0], -1)
             limit = jnp.maximum(jnp.percentile(magnitude, self.percentile, axis=1), 1.0)
             limit = per_example(limit, x)
-            return prediction._replace(x0=jnp.clip(prediction.x0, -limit, limit) / limit)
+            return _thresholded(prediction, jnp.clip(prediction.x0, -limit, limit) / limit)
 
         return thresholded

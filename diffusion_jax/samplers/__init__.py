@@ -1,6 +1,13 @@
 """Samplers: pure steps from noise to data, and the loop that runs them."""
 
-from diffusion_jax.samplers.base import Sampler, SamplerState, StepInfo, initial_noise, sample
+from diffusion_jax.samplers.base import (
+    Sampler,
+    SamplerState,
+    StepInfo,
+    fit_grid,
+    initial_noise,
+    sample,
+)
 from diffusion_jax.samplers.ddim import DDIM
 from diffusion_jax.samplers.ddpm import DDPM
 from diffusion_jax.samplers.dpm_solver import DPMSolverMultistep
@@ -26,6 +33,7 @@ __all__ = [
     "Sampler",
     "SamplerState",
     "StepInfo",
+    "fit_grid",
     "initial_noise",
     "sample",
 ]

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from diffusion_jax.core.arrays import fold_in_each, per_image_normal
-from diffusion_jax.core.timesteps import Grid
+from diffusion_jax.core.grid import Grid, with_middle
+from diffusion_jax.core.schedules import NoiseSchedule
 from diffusion_jax.core.types import Array, Key, NoiseLevel, Prediction
 
 Denoise = Callable[[Array, NoiseLevel], Prediction]
@@ -37,6 +38,7 @@ class StepInfo(NamedTuple):
       index: [] this step.
       start: [] the first step that is run.
       stop: [] one past the last step.
+      middle: the level inside of this step, or None where the grid has none.
 
     Source: none; a convention of this library.
     """
@@ -44,6 +46,7 @@ class StepInfo(NamedTuple):
     index: Array | int
     start: Array | int
     stop: Array | int
+    middle: NoiseLevel | None = None
 
 
 class Sampler(Protocol):
@@ -145,8 +148,8 @@ def sample(
             denoise,
             state,
             grid.level(index),
-            grid.level(index + 1),
-            StepInfo(index, grid.start, grid.stop),
+            grid.next_level(index),
+            StepInfo(index, grid.start, grid.stop, grid.middle_level(index)),
         )
         if trace is not None:
             record = jax.tree.map(lambda r, v: r.at[index].set(v), record, trace(state))
@@ -156,6 +159,41 @@ def sample(
         step = jax.checkpoint(step)
     state, record = jax.lax.fori_loop(grid.start, grid.stop, step, (state, record))
     return state.x, record
+
+
+def fit_grid(sampler: Sampler, grid: Grid, schedule: NoiseSchedule) -> Grid:
+    """The grid with what the sampler needs beyond the levels themselves.
+
+    A sampler with an attribute `middle` evaluates the network inside of each step, at the
+    level that `core.grid.with_middle` puts there by that rule. Grids of other samplers, and
+    those that have middle levels already, are returned as they are.
+
+    Args:
+      sampler: a value of SAMPLERS.
+      grid: made of the schedule.
+
+    Source: none; a convention of this library.
+    """
+    rule = getattr(sampler, "middle", None)
+    if rule is None or grid.middle is not None:
+        return grid
+    return with_middle(grid, schedule, rule)
+
+
+def need_middle(sampler: Sampler, info: StepInfo) -> NoiseLevel:
+    """The level inside of a step.
+
+    Raises:
+      ValueError: if the grid has none.
+
+    Source: none; a convention of this library.
+    """
+    if info.middle is None:
+        raise ValueError(
+            f"{type(sampler).__name__} evaluates the network inside of each step, and this grid "
+            "has no levels there: sample on fit_grid(sampler, grid, schedule)"
+        )
+    return info.middle
 
 
 def noise_from_x0(x: Array, x0: Array, level: NoiseLevel) -> Array:

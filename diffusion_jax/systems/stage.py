@@ -25,7 +25,7 @@ from diffusion_jax.core.types import AdaptiveLoss, Array, Batch, Key, LossFn, No
 from diffusion_jax.guidance import Guide, Unguided
 from diffusion_jax.losses import Loss, ScheduleTimes, Simple, Times
 from diffusion_jax.losses.importance import AdaptiveDiffusionLoss
-from diffusion_jax.samplers import Sampler, initial_noise, sample
+from diffusion_jax.samplers import Sampler, fit_grid, initial_noise, sample
 from diffusion_jax.samplers.base import Denoise
 from diffusion_jax.systems.codec import PIXELS, Codec
 
@@ -209,7 +209,7 @@ def diffusion_stage(
 
     def stage_sample(params, batch, keys, *, guide=None, sampler=None, grid=None):
         sampler = as_arrays(default_sampler if sampler is None else sampler)
-        grid = default_grid if grid is None else grid
+        grid = fit_grid(sampler, default_grid if grid is None else grid, schedule)
         std = schedule.prior_std(grid.level(grid.start))
         denoise = stage_denoiser(params, batch, guide)
         x0, _ = sample(sampler, denoise, grid, initial_noise(keys, shape, std), keys)

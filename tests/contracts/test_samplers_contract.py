@@ -14,8 +14,9 @@ from diffusion_jax.core.schedules import Cosine, ZeroTerminalSNR
 from diffusion_jax.core.timesteps import from_times, leading, trailing
 from diffusion_jax.core.types import Prediction
 from diffusion_jax.guidance import ClassifierFree
-from diffusion_jax.samplers import DDPM, SAMPLERS, StepInfo, initial_noise, sample
+from diffusion_jax.samplers import DDPM, SAMPLERS, StepInfo, fit_grid, initial_noise, sample
 from tests.analytic import MIXTURE
+from tests.noise import drawn_by
 
 # Rows as they stand in the table, and with options that change what is traced.
 ROWS = {
@@ -70,11 +71,15 @@ def conditions(labels):
     return MIXTURE.classes(labels), MIXTURE.any_class(len(labels))
 
 
+def knobs_of(sampler, scale, grid):
+    return as_arrays((sampler, ClassifierFree(scale), fit_grid(sampler, grid, SCHEDULE)))
+
+
 def run(name, *, num_steps=4, seed=0, scale=2.0, labels=(0, 1, 2, 1), grid=None, sampler=None):
     x, keys = inputs(seed=seed)
     grid = trailing(SCHEDULE, num_steps, max_steps=MAX_STEPS) if grid is None else grid
     sampler = ROWS[name] if sampler is None else sampler
-    knobs = as_arrays((sampler, ClassifierFree(scale), grid))
+    knobs = knobs_of(sampler, scale, grid)
     return np.asarray(runner(name).call(*knobs, x, keys, *conditions(list(labels))))
 
 
@@ -91,7 +96,7 @@ def test_same_key_same_result_and_other_key_other_result(name):
 def test_only_stochastic_samplers_use_their_keys(name):
     """The same x_T with other keys."""
     x, _ = inputs()
-    knobs = as_arrays((ROWS[name], ClassifierFree(1.0), trailing(SCHEDULE, 4, max_steps=MAX_STEPS)))
+    knobs = knobs_of(ROWS[name], 1.0, trailing(SCHEDULE, 4, max_steps=MAX_STEPS))
     outs = [
         np.asarray(runner(name).call(*knobs, x, image_keys(seed, range(4)), *conditions([0] * 4)))
         for seed in (0, 1)
@@ -124,7 +129,7 @@ def test_every_knob_shares_one_compilation(name):
 @every_row
 def test_the_loop_is_the_steps_one_by_one(name):
     """Compiled loop = steps driven by hand from Python, uncompiled."""
-    grid = trailing(SCHEDULE, 3, max_steps=MAX_STEPS)
+    grid = fit_grid(ROWS[name], trailing(SCHEDULE, 3, max_steps=MAX_STEPS), SCHEDULE)
     x, keys = inputs()
     cond, uncond = conditions([0, 1, 2, 1])
     guided = ClassifierFree(2.0)(v_denoiser, uncond)
@@ -135,8 +140,8 @@ def test_the_loop_is_the_steps_one_by_one(name):
             lambda x, level: guided(x, level, cond),
             state,
             grid.level(i),
-            grid.level(i + 1),
-            StepInfo(i, 0, 3),
+            grid.next_level(i),
+            StepInfo(i, 0, 3, grid.middle_level(i)),
         )
     np.testing.assert_allclose(state.x, run(name, num_steps=3), rtol=1e-4, atol=1e-5)
 
@@ -178,7 +183,7 @@ def test_a_mesh_of_two_devices_gives_the_same_pictures(name):
     whole = run(name, num_steps=3)
     x, keys = inputs()
     cond, uncond = conditions([0, 1, 2, 1])
-    knobs = as_arrays((ROWS[name], ClassifierFree(2.0), trailing(SCHEDULE, 3, max_steps=MAX_STEPS)))
+    knobs = knobs_of(ROWS[name], 2.0, trailing(SCHEDULE, 3, max_steps=MAX_STEPS))
     data = (x, keys, cond, uncond)
 
     sharding = NamedSharding(two_devices(), PartitionSpec("data"))
@@ -193,7 +198,7 @@ def test_pmap_and_a_smaller_batch_give_the_same_pictures(name):
     """2 + 2 images on two devices by pmap, for each kind of state and step."""
     whole = run(name, num_steps=3)
     x, keys = inputs()
-    knobs = as_arrays((ROWS[name], ClassifierFree(2.0), trailing(SCHEDULE, 3, max_steps=MAX_STEPS)))
+    knobs = knobs_of(ROWS[name], 2.0, trailing(SCHEDULE, 3, max_steps=MAX_STEPS))
     data = (x, keys, *conditions([0, 1, 2, 1]))
     split = jax.tree.map(lambda leaf: leaf.reshape(2, 2, *leaf.shape[1:]), data)
     mapped = jax.pmap(Runner()._run, in_axes=(None,) * 3 + (0,) * 4)(*knobs, *split)
@@ -214,10 +219,8 @@ def test_noise_is_bit_equal_for_any_batch():
 def test_gradients_pass_through_sampling(name, x64, monkeypatch):
     """∂ sample / ∂ x_T against central differences, in float64, with the noise held fixed."""
     monkeypatch.setattr("diffusion_jax.samplers.base.fold_in_each", lambda keys, index: keys)
-    for module in ("ddpm", "ddim"):
-        noise = f"diffusion_jax.samplers.{module}.per_image_normal"
-        monkeypatch.setattr(noise, lambda keys, x: jnp.full_like(x, 0.7))
     grid = from_times(SCHEDULE, [800.0, 500.0, 200.0], max_steps=3).fixed()
+    grid = fit_grid(ROWS[name], grid, SCHEDULE)
     h = 1e-5
     offsets = h * jnp.asarray([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     x = jnp.asarray([[0.4, -0.9]]) + offsets
@@ -228,7 +231,8 @@ def test_gradients_pass_through_sampling(name, x64, monkeypatch):
         out, _ = sample(ROWS[name], lambda x, level: v_denoiser(x, level, cond), grid, x, keys)
         return jnp.sum(out), jnp.sum(out, axis=1)
 
-    gradient, value = jax.jit(jax.grad(total, has_aux=True))(x)
+    with drawn_by(lambda keys, x: jnp.full_like(x, 0.7)):
+        gradient, value = jax.jit(jax.grad(total, has_aux=True))(x)
     difference = jnp.asarray([value[1] - value[2], value[3] - value[4]]) / (2 * h)
     np.testing.assert_allclose(gradient[0], difference, rtol=1e-6, atol=1e-9)
     assert np.all(np.isfinite(gradient)) and np.all(gradient[0] != 0)

@@ -65,17 +65,19 @@ def two_halves(params, x, t, cond, *, keys=None):
 
 def test_learned_range_is_the_second_half_mapped_to_a_fraction():
     """From [-1, 1] to [0, 1], and beyond: what the network says is not cut."""
-    x0, var_frac, log_var = make_denoiser(two_halves, X0(), learned_variance="range")({})(X, LEVEL)
+    x0, var_frac, log_var, _ = make_denoiser(two_halves, X0(), learned_variance="range")({})(
+        X, LEVEL
+    )
     np.testing.assert_array_equal(x0, X)
     np.testing.assert_allclose(var_frac, [[0.0, 1.25], [0.0, 1.25]])
     assert log_var is None
 
 
 def test_learned_log_variance_is_the_second_half_itself():
-    x0, var_frac, log_var = make_denoiser(two_halves, X0(), learned_variance="log")({})(X, LEVEL)
-    np.testing.assert_array_equal(x0, X)
-    np.testing.assert_allclose(log_var, [[-1.0, 1.5], [-1.0, 1.5]])
-    assert var_frac is None
+    prediction = make_denoiser(two_halves, X0(), learned_variance="log")({})(X, LEVEL)
+    np.testing.assert_array_equal(prediction.x0, X)
+    np.testing.assert_allclose(prediction.log_var, [[-1.0, 1.5], [-1.0, 1.5]])
+    assert prediction.var_frac is None
 
 
 @pytest.mark.parametrize("learned", [True, False, "learned_range"])

@@ -13,6 +13,7 @@ from diffusion_jax.core.timesteps import karras
 from diffusion_jax.samplers import DDIM, DDPM, DPMSolverMultistep, Euler, Heun, sample
 from tests import analytic
 from tests.analytic import MIXTURE
+from tests.noise import drawn_by
 
 SIGMA_MIN, SIGMA_MAX = 0.1, 10.0
 
@@ -110,15 +111,10 @@ def denoise_gaussian(x, level, here, there):
 
 
 @pytest.fixture
-def probes(monkeypatch):
+def probes():
     """Noise 0, 0, 1 for the three probe images of `analytic.affine_steps`."""
-
-    def noise(keys, x):
-        del keys
-        return jnp.asarray([[0.0], [0.0], [1.0]], x.dtype)
-
-    for module in ("ddpm", "ddim"):
-        monkeypatch.setattr(f"diffusion_jax.samplers.{module}.per_image_normal", noise)
+    with drawn_by(lambda keys, x: jnp.asarray([[0.0], [0.0], [1.0]], x.dtype)):
+        yield
 
 
 def variance_error(sampler, num_steps):

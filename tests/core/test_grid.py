@@ -1,0 +1,65 @@
+"""What a grid may hold beside its levels: a level inside of each step, and other ends."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.core.grid import with_middle
+from diffusion_jax.core.schedules import EDM, Cosine, FlowMatching, Linear, ZeroTerminalSNR
+from diffusion_jax.core.timesteps import from_times, karras, leading, trailing
+from diffusion_jax.core.types import NoiseLevel
+
+
+def test_the_middle_in_log_snr_is_the_geometric_mean_of_the_ratios():
+    schedule = EDM()
+    grid = with_middle(karras(schedule, 6, max_steps=8), schedule, "log_snr")
+    sigma, middle = np.asarray(grid.levels.sigma), np.asarray(grid.middle.sigma)
+    np.testing.assert_allclose(middle[:5], np.sqrt(sigma[:5] * sigma[1:6]), rtol=1e-5)
+    np.testing.assert_array_equal(grid.middle.alpha[:5], 1.0)
+    np.testing.assert_array_equal(grid.middle.t[:5], middle[:5])
+    # The last step goes to sigma = 0, which has no middle; the rest is padding.
+    np.testing.assert_array_equal(middle[5:], 0.0)
+
+
+@pytest.mark.parametrize("schedule", [Linear(), FlowMatching(shift=3.0)], ids=["linear", "flow"])
+def test_the_middle_lies_on_the_schedule(schedule):
+    grid = with_middle(trailing(schedule, 8, max_steps=8), schedule, "log_snr")
+    _, alpha, sigma = (np.asarray(field, np.float64) for field in grid.levels)
+    ratio = sigma / np.where(alpha > 0, alpha, 1.0)
+    middle = NoiseLevel(*(np.asarray(field, np.float64)[1:7] for field in grid.middle))
+    np.testing.assert_allclose(
+        middle.sigma / middle.alpha, np.sqrt(ratio[1:7] * ratio[2:8]), rtol=2e-4
+    )
+    norm = middle.alpha**2 + middle.sigma**2 if schedule.num_timesteps else middle[1] + middle[2]
+    np.testing.assert_allclose(norm, 1.0, atol=1e-6)
+
+
+def test_the_middle_in_time():
+    grid = with_middle(leading(Linear(), 4, max_steps=4), Linear(), "time")
+    np.testing.assert_array_equal(grid.middle.t, [625.0, 375.0, 125.0, 0.0])
+    with pytest.raises(ValueError, match="FlowMatching is continuous"):
+        with_middle(trailing(FlowMatching(), 4), FlowMatching(), "time")
+
+
+def test_a_step_from_zero_signal_has_no_middle():
+    schedule = ZeroTerminalSNR(1000, Cosine())
+    grid = with_middle(trailing(schedule, 4, max_steps=4), schedule, "log_snr")
+    assert np.all(np.isfinite(jnp.stack(grid.middle)))
+    assert [float(field[0]) for field in grid.middle] == [float(f[1]) for f in grid.levels]
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(ValueError, match="'log_snr', 'time'.*'sigma'"):
+        with_middle(trailing(Linear(), 4), Linear(), "sigma")
+
+
+def test_steps_may_end_elsewhere_than_the_next_one_starts():
+    schedule = Linear()
+    grid = from_times(schedule, [900.0, 500.0, 100.0], max_steps=4)
+    assert float(grid.next_level(0).t) == 500.0
+    ends = schedule(jnp.asarray([501.0, 101.0, 0.0, 0.0]))
+    other = grid._replace(ends=ends)
+    assert [float(other.next_level(i).t) for i in range(3)] == [501.0, 101.0, 0.0]
+    assert [float(other.level(i).t) for i in range(3)] == [900.0, 500.0, 100.0]
+    middle = with_middle(other, schedule, "time").middle
+    np.testing.assert_array_equal(middle.t[:3], [700.5, 300.5, 50.0])
