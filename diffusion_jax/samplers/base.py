@@ -164,9 +164,11 @@ def sample(
 def fit_grid(sampler: Sampler, grid: Grid, schedule: NoiseSchedule) -> Grid:
     """The grid with what the sampler needs beyond the levels themselves.
 
-    A sampler with an attribute `middle` evaluates the network inside of each step, at the
-    level that `core.grid.with_middle` puts there by that rule. Grids of other samplers, and
-    those that have middle levels already, are returned as they are.
+    A sampler with an attribute `middle` evaluates the network at a level of its own in each
+    step. `middle` is either the name of a rule of `core.grid.with_middle`, or a method
+    (grid, schedule) -> NoiseLevel with every field [MAX], which may read the sampler's knobs:
+    fit the grid again after changing those. Grids of other samplers, and those that have middle
+    levels already, are returned as they are.
 
     Args:
       sampler: a value of SAMPLERS.
@@ -174,14 +176,16 @@ def fit_grid(sampler: Sampler, grid: Grid, schedule: NoiseSchedule) -> Grid:
 
     Source: none; a convention of this library.
     """
-    rule = getattr(sampler, "middle", None)
-    if rule is None or grid.middle is not None:
+    middle = getattr(sampler, "middle", None)
+    if middle is None or grid.middle is not None:
         return grid
-    return with_middle(grid, schedule, rule)
+    if callable(middle):
+        return grid._replace(middle=middle(grid, schedule))
+    return with_middle(grid, schedule, middle)
 
 
 def need_middle(sampler: Sampler, info: StepInfo) -> NoiseLevel:
-    """The level inside of a step.
+    """The level inside of a step that the sampler asked for by its attribute `middle`.
 
     Raises:
       ValueError: if the grid has none.
@@ -190,8 +194,8 @@ def need_middle(sampler: Sampler, info: StepInfo) -> NoiseLevel:
     """
     if info.middle is None:
         raise ValueError(
-            f"{type(sampler).__name__} evaluates the network inside of each step, and this grid "
-            "has no levels there: sample on fit_grid(sampler, grid, schedule)"
+            f"{type(sampler).__name__} evaluates the network at levels of its own inside of each "
+            "step, and this grid has none: sample on fit_grid(sampler, grid, schedule)"
         )
     return info.middle
 
