@@ -19,7 +19,11 @@ def check_variance(variance: str) -> None:
 
 
 def posterior_log_variance(
-    level: NoiseLevel, next_level: NoiseLevel, *, noisier: NoiseLevel | None = None
+    level: NoiseLevel,
+    next_level: NoiseLevel,
+    *,
+    noisier: NoiseLevel | None = None,
+    least: float | None = None,
 ) -> Array:
     """log β̃, the log variance of q(x_s | x_t, x0), with a finite stand-in where s is clean.
 
@@ -29,16 +33,20 @@ def posterior_log_variance(
     Args:
       level, next_level: t and s, fields [] or [B].
       noisier: where the step before started; read only where next_level.sigma is 0.
+      least: a variance that stands in instead, for code that clips β̃ from below.
 
     Returns:
       [] or [B], in nats.
 
     Source: Ho et al. 2020 (arXiv:2006.11239), eq. 7; the stand-in: Nichol & Dhariwal 2021
-    (arXiv:2102.09672), released code ("posterior_log_variance_clipped").
+    (arXiv:2102.09672), released code ("posterior_log_variance_clipped"); clipped at 1e-20:
+    Rombach et al. 2022 (arXiv:2112.10752), released code.
     """
     _, forward = transition(level, next_level)
     stand_in = forward
-    if noisier is not None:
+    if least is not None:
+        stand_in = jnp.full_like(forward, least**0.5)
+    elif noisier is not None:
         before = posterior_std(noisier, level)
         stand_in = jnp.where(before > 0.0, before, forward)
     std = posterior_std(level, next_level)
@@ -53,6 +61,7 @@ def reverse_log_variance(
     variance: str,
     fraction: Array | float | None = None,
     noisier: NoiseLevel | None = None,
+    least: float | None = None,
 ) -> Array:
     """Log variance of p(x_s | x_t), s = next_level.
 
@@ -67,7 +76,7 @@ def reverse_log_variance(
       level, next_level: t and s, fields [] or [B].
       variance: a kind in VARIANCES.
       fraction: v, with "interpolated" only.
-      noisier: where the step before started, see `posterior_log_variance`.
+      noisier, least: what stands for β̃ where s is clean, see `posterior_log_variance`.
 
     Returns:
       [] or [B, 1, ...] or [B, ...], such that it broadcasts to prediction.x0; in nats.
@@ -82,7 +91,7 @@ def reverse_log_variance(
     check_variance(variance)
     if variance == "learned":
         return _predicted(prediction.log_var, variance, "log_var", "log")
-    small = posterior_log_variance(level, next_level, noisier=noisier)
+    small = posterior_log_variance(level, next_level, noisier=noisier, least=least)
     _, forward = transition(level, next_level)
     large, x0 = 2.0 * jnp.log(forward), prediction.x0
     if variance == "small":

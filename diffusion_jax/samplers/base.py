@@ -210,3 +210,30 @@ def noise_from_x0(x: Array, x0: Array, level: NoiseLevel) -> Array:
     Source: Song et al. 2021 (arXiv:2010.02502), eq. 9.
     """
     return (x - level.alpha * x0) / level.sigma
+
+
+NOISES_FROM = ("x0", "raw_x0")
+
+
+def check_noise_from(noise_from: str) -> None:
+    """Raises ValueError unless it names an x̂0 of a Prediction.
+
+    Source: none; a convention of this library.
+    """
+    if noise_from not in NOISES_FROM:
+        raise ValueError(f"noise_from must be one of {NOISES_FROM}, got {noise_from!r}")
+
+
+def predicted_noise(prediction: Prediction, x: Array, level: NoiseLevel, noise_from: str) -> Array:
+    """ε̂ of x̂0 as it is ("x0"), or as it was before it was thresholded ("raw_x0").
+
+    Args:
+      prediction: of the denoiser at x; its raw_x0 is None where nothing was thresholded.
+      x: [B, ...].
+      level: scalars, sigma > 0.
+      noise_from: one of NOISES_FROM.
+
+    Source: none; a convention of this library.
+    """
+    raw = noise_from == "raw_x0" and prediction.raw_x0 is not None
+    return noise_from_x0(x, prediction.raw_x0 if raw else prediction.x0, level)

@@ -6,7 +6,13 @@ from flax import struct
 from diffusion_jax.core.arrays import per_image_normal
 from diffusion_jax.core.forward import posterior_std
 from diffusion_jax.core.types import Array, Key, NoiseLevel
-from diffusion_jax.samplers.base import Denoise, SamplerState, StepInfo, noise_from_x0
+from diffusion_jax.samplers.base import (
+    Denoise,
+    SamplerState,
+    StepInfo,
+    check_noise_from,
+    predicted_noise,
+)
 
 
 @struct.dataclass
@@ -17,11 +23,23 @@ class DDIM:
 
     Attributes:
       eta: scale of the injected noise relative to the DDPM posterior, in [0, 1].
+      noise_from: the x̂0 that ε̂ is derived from, which matters where x̂0 is thresholded. "x0": the
+        thresholded one, so that α_t x̂0 + σ_t ε̂ is still x_t, as ADM does. "raw_x0": the one from
+        before, which leaves ε̂ as the network said it and moves x off its path; diffusers' default
+        (use_clipped_model_output=False).
 
-    Source: Song et al. 2021 (arXiv:2010.02502), eq. 12 with the std of eq. 16.
+    Raises:
+      ValueError: if noise_from is unknown.
+
+    Source: Song et al. 2021 (arXiv:2010.02502), eq. 12 with the std of eq. 16; ε̂ from the
+    thresholded x̂0: Dhariwal & Nichol 2021 (arXiv:2105.05233), released code.
     """
 
     eta: float = 0.0
+    noise_from: str = struct.field(pytree_node=False, default="x0")
+
+    def __post_init__(self):
+        check_noise_from(self.noise_from)
 
     def validate(self) -> None:
         """Raises ValueError unless eta lies in [0, 1]; for values, not tracers."""
@@ -41,8 +59,8 @@ class DDIM:
         info: StepInfo,
     ) -> SamplerState:
         del info
-        x0 = denoise(state.x, level).x0
-        eps = noise_from_x0(state.x, x0, level)
+        prediction = denoise(state.x, level)
+        x0, eps = prediction.x0, predicted_noise(prediction, state.x, level, self.noise_from)
         std = self.eta * posterior_std(level, next_level)
         # At eta = 1 rounding can leave a tiny negative number here.
         towards_x_t = jnp.sqrt(jnp.maximum(next_level.sigma**2 - std**2, 0.0))

@@ -4,10 +4,26 @@ import jax.numpy as jnp
 from flax import struct
 
 from diffusion_jax.core.arrays import per_example, per_image_normal
-from diffusion_jax.core.forward import posterior_mean, posterior_std
+from diffusion_jax.core.forward import posterior_mean, posterior_std, transition
 from diffusion_jax.core.types import Array, Key, NoiseLevel, Prediction
 from diffusion_jax.core.variance import check_variance, reverse_log_variance
 from diffusion_jax.samplers.base import Denoise, SamplerState, StepInfo
+
+# What the published code that `noise_at_end` reproduces clips β̃ at.
+_LEAST_VARIANCE = 1e-20
+_VARIANTS = ("exact", "unclip")
+
+
+def _rounded_posterior_mean(
+    x: Array, x0: Array, level: NoiseLevel, next_level: NoiseLevel
+) -> Array:
+    """Mean of q(x_s | x_t, x0) with σ² rounded to multiples of 2^-24, but β = σ²_{t|s} precise."""
+    alpha, std = transition(level, next_level)
+    variance, next_variance = (
+        jnp.round(rates.sigma**2 * 2.0**24) / 2.0**24 for rates in (level, next_level)
+    )
+    towards_x = per_example(alpha * next_variance / variance, x)
+    return towards_x * x + per_example(next_level.alpha * std**2 / variance, x) * x0
 
 
 @struct.dataclass
@@ -23,21 +39,30 @@ class DDPM:
     Attributes:
       variance: "small", "large", "interpolated", "learned_range" or "learned".
       fraction: v in [0, 1], with "interpolated" only.
+      noise_at_end: add noise in the step to sigma = 0 too, with β̃ = 1e-20 there. It spoils the
+        picture; diffusers does so on grids whose last step starts above t = 0.
+      variant: "exact", or "unclip" for the mean of diffusers' UnCLIPScheduler, which divides a
+        precise β by a σ² = 1 - ᾱ that float32 has rounded to multiples of 2^-24. Its last step
+        returns x̂0 times a number that is off by up to a thousandth.
 
     Raises:
-      ValueError: if the variance is unknown, if `fraction` is missing or given in vain, or if a
-        learned variance meets a denoiser that predicts none.
+      ValueError: if the variance or the variant is unknown, if `fraction` is missing or given in
+        vain, or if a learned variance meets a denoiser that predicts none.
 
     Source: Ho et al. 2020 (arXiv:2006.11239), algorithm 2 and section 3.2; learned range:
     Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 15; interpolated: Ho & Salimans 2022
-    (arXiv:2207.12598), section 2.
+    (arXiv:2207.12598), section 2; noise_at_end: none, a mistake in use.
     """
 
     variance: str = struct.field(pytree_node=False, default="large")
     fraction: float | None = None
+    noise_at_end: bool = struct.field(pytree_node=False, default=False)
+    variant: str = struct.field(pytree_node=False, default="exact")
 
     def __post_init__(self):
         check_variance(self.variance)
+        if self.variant not in _VARIANTS:
+            raise ValueError(f"variant must be one of {_VARIANTS}, got {self.variant!r}")
         if (self.fraction is not None) != (self.variance == "interpolated"):
             raise ValueError(
                 "fraction belongs to the variance 'interpolated' and must be given there, got "
@@ -62,11 +87,17 @@ class DDPM:
           sigma = 0 the std is 0 with "small", what the network says with "learned" and else
           σ_{t|s}, although `step` adds no noise there.
         """
-        mean = posterior_mean(x, prediction.x0, level, next_level)
+        mean = posterior_mean if self.variant == "exact" else _rounded_posterior_mean
+        mean = mean(x, prediction.x0, level, next_level)
         if self.variance == "small":
             return mean, per_example(posterior_std(level, next_level), x)
         log_variance = reverse_log_variance(
-            prediction, level, next_level, variance=self.variance, fraction=self.fraction
+            prediction,
+            level,
+            next_level,
+            variance=self.variance,
+            fraction=self.fraction,
+            least=_LEAST_VARIANCE if self.noise_at_end and self.variance != "large" else None,
         )
         return mean, jnp.exp(0.5 * log_variance)
 
@@ -81,5 +112,6 @@ class DDPM:
     ) -> SamplerState:
         del info
         mean, std = self.moments(denoise(state.x, level), state.x, level, next_level)
-        std = jnp.where(next_level.sigma == 0, 0.0, std)
+        if not self.noise_at_end:
+            std = jnp.where(next_level.sigma == 0, 0.0, std)
         return SamplerState(mean + std * per_image_normal(keys, state.x))
