@@ -2,114 +2,29 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.core.condition import Condition
-from diffusion_jax.core.types import NoiseLevel, Prediction
+from diffusion_jax.core.discrete import numpy_like
+from diffusion_jax.core.mixture import MIXTURE, Mixture, gaussian
+from diffusion_jax.core.types import NoiseLevel
 from diffusion_jax.samplers.base import StepInfo
 
-
-def _numpy_like(x: Any) -> Any:
-    return jnp if isinstance(x, jax.Array) else np
-
-
-def _column(xp: Any, rate: Any, x: Any) -> Any:
-    return xp.broadcast_to(xp.asarray(rate, x.dtype), x.shape[:1])[:, None]
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """A mixture of axis-aligned Gaussians in D dimensions; its components are the classes.
-
-    Attributes:
-      weights: [K], summing to one.
-      means, stds: [K][D].
-    """
-
-    weights: tuple[float, ...]
-    means: tuple[tuple[float, ...], ...]
-    stds: tuple[tuple[float, ...], ...]
-
-    def _log_joint(self, x, level):
-        """log w_k N(x; α μ_k, α² s_k² + σ²) [B, K] and the variance [B, K, D]."""
-        xp = _numpy_like(x)
-        alpha, sigma = _column(xp, level.alpha, x), _column(xp, level.sigma, x)
-        mean, std = xp.asarray(self.means, x.dtype)[None], xp.asarray(self.stds, x.dtype)[None]
-        variance = alpha[..., None] ** 2 * std**2 + sigma[..., None] ** 2
-        residual = x[:, None, :] - alpha[..., None] * mean
-        log_density = -0.5 * (residual**2 / variance + xp.log(2 * np.pi * variance)).sum(-1)
-        return xp.log(xp.asarray(self.weights, x.dtype))[None] + log_density, residual, variance
-
-    def class_probability(self, x, level):
-        """p(k | x_t) [B, K], by Bayes' rule."""
-        xp = _numpy_like(x)
-        log_joint, _, _ = self._log_joint(x, level)
-        joint = xp.exp(log_joint - log_joint.max(-1, keepdims=True))
-        return joint / joint.sum(-1, keepdims=True)
-
-    def log_density(self, x, level):
-        """log p(x_t), [B]."""
-        xp = _numpy_like(x)
-        log_joint, _, _ = self._log_joint(x, level)
-        top = log_joint.max(-1)
-        return top + xp.log(xp.exp(log_joint - top[:, None]).sum(-1))
-
-    def log_class(self, x, level, labels):
-        """log p(k_b | x_t) of each example's own class k_b, [B], by Bayes' rule."""
-        xp = _numpy_like(x)
-        log_joint, _, _ = self._log_joint(x, level)
-        wanted = xp.take_along_axis(log_joint, xp.asarray(labels)[:, None], axis=1)[:, 0]
-        return wanted - self.log_density(x, level)
-
-    def x0(self, x, level, allowed=None):
-        """E[x0 | x_t], [B, D], given that the class is one of those `allowed` [B, K] (0 or 1)."""
-        xp = _numpy_like(x)
-        log_joint, residual, variance = self._log_joint(x, level)
-        joint = xp.exp(log_joint - log_joint.max(-1, keepdims=True))
-        if allowed is not None:
-            # Classes that are not allowed must not set the scale: far away they would swallow it.
-            masked = xp.where(allowed > 0, log_joint, -np.inf)
-            joint = xp.exp(masked - masked.max(-1, keepdims=True))
-        responsibility = joint / joint.sum(-1, keepdims=True)
-        mean, std = xp.asarray(self.means, x.dtype)[None], xp.asarray(self.stds, x.dtype)[None]
-        alpha = _column(xp, level.alpha, x)[..., None]
-        posterior = mean + alpha * std**2 / variance * residual
-        return (responsibility[..., None] * posterior).sum(-2)
-
-    def denoise(self, x, level, cond=None):
-        """The exact denoiser; cond.vector [B, K] says which classes are possible."""
-        return Prediction(self.x0(x, level, None if cond is None else cond.vector))
-
-    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Samples of the data, [count, D]."""
-        component = rng.choice(len(self.weights), count, p=self.weights)
-        noise = rng.standard_normal((count, len(self.means[0])))
-        return np.asarray(self.means)[component] + np.asarray(self.stds)[component] * noise
-
-    def classes(self, labels: Any) -> Condition:
-        """The condition "class k" for each label, [B]."""
-        return Condition(vector=jnp.eye(len(self.weights))[jnp.asarray(labels)])
-
-    def any_class(self, count: int) -> Condition:
-        """The null condition."""
-        return Condition(vector=jnp.ones((count, len(self.weights))))
-
-
-MIXTURE = Mixture(
-    weights=(0.3, 0.5, 0.2),
-    means=((-1.2, 0.3), (0.8, -0.6), (0.2, 1.1)),
-    stds=((0.35, 0.25), (0.3, 0.4), (0.25, 0.3)),
-)
-
-
-def gaussian(mean: float, std: float) -> Mixture:
-    """One Gaussian in one dimension."""
-    return Mixture((1.0,), ((mean,),), ((std,),))
+__all__ = [
+    "MIXTURE",
+    "Mixture",
+    "NoiseLevel",
+    "affine_steps",
+    "gaussian",
+    "gaussian_flow",
+    "in_vp",
+    "ode_solution",
+    "optimal_var_frac",
+    "propagate_variance",
+]
 
 
 def gaussian_flow(x, level: NoiseLevel, next_level: NoiseLevel, *, mean: float, std: float):
@@ -152,7 +67,7 @@ def optimal_var_frac(level: NoiseLevel, next_level: NoiseLevel, data_variance: f
     towards_x0 = next_level.alpha * forward / level.sigma**2
     of_x0 = data_variance * level.sigma**2 / (level.alpha**2 * data_variance + level.sigma**2)
     best = small + towards_x0**2 * of_x0
-    xp = _numpy_like(best)
+    xp = numpy_like(best)
     return xp.log(best / small) / xp.log(forward / small)
 
 
