@@ -2,6 +2,7 @@
 
 from diffusion_jax.metrics.arrays import read_arrays, write_arrays
 from diffusion_jax.metrics.class_score import ClassStats, InceptionScore, inception_score
+from diffusion_jax.metrics.energy import EnergyDistance, energy_distance
 from diffusion_jax.metrics.features import Feature, FeatureFn, Pixels
 from diffusion_jax.metrics.frechet import Gaussian, GaussianStats, frechet_distance
 from diffusion_jax.metrics.inception import Inception, InceptionFeatures, inception_shapes
@@ -25,11 +26,13 @@ from diffusion_jax.metrics.reference import (
     load_reference,
     save_reference,
 )
+from diffusion_jax.metrics.sliced import SlicedWasserstein, sliced_wasserstein
 from diffusion_jax.metrics.stream import FeatureStream
 
 __all__ = [
     "ClassStats",
     "DensityCoverage",
+    "EnergyDistance",
     "Feature",
     "FeatureFn",
     "FeatureStream",
@@ -43,7 +46,9 @@ __all__ = [
     "Pixels",
     "PrecisionRecall",
     "Reference",
+    "SlicedWasserstein",
     "density_coverage",
+    "energy_distance",
     "frechet_distance",
     "frechet_score",
     "inception_score",
@@ -59,6 +64,7 @@ __all__ = [
     "read_arrays",
     "resize_matrix",
     "save_reference",
+    "sliced_wasserstein",
     "squared_mmd",
     "ssim",
     "to_byte_range",
