@@ -1,5 +1,6 @@
 """Samplers: pure steps from noise to data, and the loop that runs them."""
 
+from diffusion_jax.samplers.ancestral import EulerAncestral, KDPM2Ancestral
 from diffusion_jax.samplers.base import (
     Sampler,
     SamplerState,
@@ -10,8 +11,11 @@ from diffusion_jax.samplers.base import (
 )
 from diffusion_jax.samplers.ddim import DDIM
 from diffusion_jax.samplers.ddpm import DDPM
+from diffusion_jax.samplers.dpm_sde import DPMSolverSDE
 from diffusion_jax.samplers.dpm_solver import DPMSolverMultistep
-from diffusion_jax.samplers.karras import Euler, Heun
+from diffusion_jax.samplers.flow import FlowHeun, Renoise
+from diffusion_jax.samplers.karras import Euler, EulerChurn, Heun, HeunChurn, ReferenceEulerChurn
+from diffusion_jax.samplers.kdpm2 import KDPM2
 from diffusion_jax.samplers.mean_shift import MeanShift
 
 SAMPLERS = {
@@ -20,16 +24,33 @@ SAMPLERS = {
     "euler": Euler,
     "heun": Heun,
     "dpm_solver_pp_2m": DPMSolverMultistep,
+    "euler_churn": EulerChurn,
+    "heun_churn": HeunChurn,
+    "euler_ancestral": EulerAncestral,
+    "kdpm2": KDPM2,
+    "kdpm2_ancestral": KDPM2Ancestral,
+    "dpm_solver_pp_sde": DPMSolverSDE,
+    "flow_heun": FlowHeun,
+    "renoise": Renoise,
 }
 
 __all__ = [
     "DDIM",
     "DDPM",
+    "KDPM2",
     "SAMPLERS",
     "DPMSolverMultistep",
+    "DPMSolverSDE",
     "Euler",
+    "EulerAncestral",
+    "EulerChurn",
+    "FlowHeun",
     "Heun",
+    "HeunChurn",
+    "KDPM2Ancestral",
     "MeanShift",
+    "ReferenceEulerChurn",
+    "Renoise",
     "Sampler",
     "SamplerState",
     "StepInfo",

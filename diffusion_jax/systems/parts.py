@@ -58,7 +58,22 @@ from diffusion_jax.models import (
     MLPConfig,
     UNetConfig,
 )
-from diffusion_jax.samplers import DDIM, DDPM, SAMPLERS, DPMSolverMultistep, Euler, Heun
+from diffusion_jax.samplers import (
+    DDIM,
+    DDPM,
+    KDPM2,
+    SAMPLERS,
+    DPMSolverMultistep,
+    DPMSolverSDE,
+    Euler,
+    EulerAncestral,
+    EulerChurn,
+    FlowHeun,
+    Heun,
+    HeunChurn,
+    KDPM2Ancestral,
+    Renoise,
+)
 
 NetworkPart = UNetConfig | MLPConfig | DiTConfig
 SchedulePart = (
@@ -79,7 +94,21 @@ SchedulePart = (
 ParameterizationPart = Eps | X0 | V | Score | FlowVelocity | EDMPreconditioning
 LossPart = Simple | Hybrid | VLB
 TimesPart = ScheduleTimes | LossAware
-SamplerPart = DDPM | DDIM | Euler | Heun | DPMSolverMultistep
+SamplerPart = (
+    DDPM
+    | DDIM
+    | Euler
+    | Heun
+    | DPMSolverMultistep
+    | EulerAncestral
+    | KDPM2Ancestral
+    | DPMSolverSDE
+    | FlowHeun
+    | Renoise
+    | EulerChurn
+    | HeunChurn
+    | KDPM2
+)
 GuidancePart = Unguided | ClassifierFree
 ClassifierPart = ClassifierConfig | MLPClassifierConfig
 ThresholdPart = Unguided | StaticThreshold | DynamicThreshold

@@ -23,8 +23,18 @@ ROWS = {
     **{name: make() for name, make in SAMPLERS.items()},
     "ddim_eta": SAMPLERS["ddim"](eta=0.5),
     "ddpm_learned": DDPM("learned_range"),
+    "heun_churn_1": SAMPLERS["heun_churn"](s_churn=1.0),
 }
-STOCHASTIC = {"ddpm", "ddim_eta", "ddpm_learned"}
+STOCHASTIC = {
+    "ddpm",
+    "ddim_eta",
+    "ddpm_learned",
+    "heun_churn_1",
+    "euler_ancestral",
+    "kdpm2_ancestral",
+    "dpm_solver_pp_sde",
+    "renoise",
+}
 SCHEDULE = ZeroTerminalSNR(1000, Cosine())
 MAX_STEPS = 8
 SHAPE = (2,)
