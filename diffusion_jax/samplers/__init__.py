@@ -17,6 +17,7 @@ from diffusion_jax.samplers.flow import FlowHeun, Renoise
 from diffusion_jax.samplers.karras import Euler, EulerChurn, Heun, HeunChurn, ReferenceEulerChurn
 from diffusion_jax.samplers.kdpm2 import KDPM2
 from diffusion_jax.samplers.mean_shift import MeanShift
+from diffusion_jax.samplers.repaint import RePaint
 
 SAMPLERS = {
     "ddpm": DDPM,
@@ -49,6 +50,7 @@ __all__ = [
     "HeunChurn",
     "KDPM2Ancestral",
     "MeanShift",
+    "RePaint",
     "ReferenceEulerChurn",
     "Renoise",
     "Sampler",
