@@ -145,7 +145,7 @@ class Churn:
     ) -> tuple[Array, NoiseLevel]:
         """x [B, ...] with noise added, and the level that it is then at."""
         noisier = need_middle(self, info)
-        # Levels are cleaner ones of each other here: the transition goes from level to noisier.
+        # q(x_t | x_s) from the level s up to the noisier one t; rounding must not make it move.
         scale, std = transition(noisier, level)
         same = (noisier.alpha == level.alpha) & (noisier.sigma == level.sigma)
         scale, std = jnp.where(same, 1.0, scale), jnp.where(same, 0.0, std)
@@ -209,7 +209,8 @@ class ReferenceEulerChurn(Churn):
 
     The network sees x at the old level and is told the old time; what it said is then read as if
     it had been said about x̂ at the noisier level (with v, by the coefficients of the old level).
-    This is not algorithm 2, and wrong by a term of first order: it is here to reproduce numbers.
+    This is not algorithm 2, and adds an error of first order to that of Euler's method: it is here
+    to reproduce numbers.
 
     Attributes:
       s_churn, s_tmin, s_tmax, s_noise: see `Churn`.
