@@ -51,7 +51,7 @@ class RescaledTime:
         return level.t * (1000.0 / self.num_timesteps)
 
 
-LEARNED_VARIANCES = ("range", "log")
+LEARNED_VARIANCES = ("range", "log", "variance")
 TIME_INPUTS = {"t": network_time, "scaled_t": scaled_time, "edm": edm_time}
 
 
@@ -126,7 +126,7 @@ def variance_fields(raw: Array | None, learned_variance: str | None) -> dict[str
         return {}
     if learned_variance == "range":
         return {"var_frac": (raw + 1.0) / 2.0}
-    return {"log_var": raw}
+    return {"log_var": raw if learned_variance == "log" else jnp.log(raw)}
 
 
 def make_denoiser(
@@ -144,6 +144,7 @@ def make_denoiser(
       time_input: what the network is told about the level.
       learned_variance: what the second half of the output's channels o means. None: there is
         none. "range": var_frac = (o + 1) / 2, where o may leave [-1, 1]. "log": log_var = o.
+        "variance": log_var = log o.
 
     Returns:
       params -> denoiser. Call it inside of the compiled function, so that params stay an
@@ -154,7 +155,8 @@ def make_denoiser(
         x's with learned variance).
 
     Source: k-diffusion's convention D(x, σ) -> x0; learned variance: Nichol & Dhariwal 2021
-    (arXiv:2102.09672), eq. 15 ("range") and released code ("log").
+    (arXiv:2102.09672), eq. 15 ("range") and released code ("log"); "variance": diffusers' DDPM
+    scheduler, variance_type "learned".
     """
     check_learned_variance(learned_variance)
     apply = apply_network(network, parameterization, time_input)

@@ -357,12 +357,18 @@ class ZeroTerminalSNR(DiscreteSchedule):
 
     Attributes:
       base: the schedule to rescale; `num_timesteps` follows it.
+      last: ᾱ of the last time, in [0, 1). Released samplers that divide by α put a small number
+        there, such as 2^-24, instead of 0.
+
+    Raises:
+      ValueError: if `num_timesteps` is not the base's, or `last` is out of range.
 
     Source: Lin et al. 2023 (arXiv:2305.08891), algorithm 1.
     """
 
     num_timesteps: int = 1000
     base: DiscreteSchedule = Linear()
+    last: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -371,7 +377,10 @@ class ZeroTerminalSNR(DiscreteSchedule):
                 f"num_timesteps must be the base's {self.base.num_timesteps}, "
                 f"got {self.num_timesteps}"
             )
+        if not 0.0 <= self.last < 1.0:
+            raise ValueError(f"last must lie in [0, 1), got {self.last}")
 
     def alphas_cumprod(self) -> np.ndarray:
         root = np.sqrt(self.base.alphas_cumprod())
-        return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        table = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        return np.append(table[:-1], self.last)

@@ -122,17 +122,22 @@ class FlowVelocity:
     u is the velocity dx_t/dt of the straight path α = 1 - t, σ = t; on another path it is the
     same target, not that path's own velocity. Defined at every level.
 
+    Attributes:
+      towards_data: the network says -u instead, for models whose time runs from noise to data.
+
     Source: Liu et al. 2022 (arXiv:2209.03003), eq. 1; Esser et al. 2024 (arXiv:2403.03206),
     section 2, with their direction of time.
     """
 
+    towards_data: bool = False
+
     def to_x0(self, output: Array, x: Array, level: NoiseLevel) -> Array:
         alpha, sigma = _rates(level, x)
-        return (x - sigma * output) / (alpha + sigma)
+        return (x - sigma * (-output if self.towards_data else output)) / (alpha + sigma)
 
     def target(self, x0: Array, eps: Array, level: NoiseLevel) -> Array:
         del level
-        return eps - x0
+        return x0 - eps if self.towards_data else eps - x0
 
     def scale_input(self, x: Array, level: NoiseLevel) -> Array:
         del level
@@ -150,6 +155,7 @@ class EDMPreconditioning:
 
     Attributes:
       sigma_data: σ_d.
+      negated: the network predicts -F instead, which at σ_d = 1 is v.
 
     Raises:
       ValueError: if sigma_data is not positive.
@@ -158,6 +164,7 @@ class EDMPreconditioning:
     """
 
     sigma_data: float = 0.5
+    negated: bool = False
 
     def __post_init__(self):
         if self.sigma_data <= 0.0:
@@ -167,7 +174,8 @@ class EDMPreconditioning:
         alpha, sigma = _rates(level, x)
         ratio = sigma / alpha
         total = ratio**2 + self.sigma_data**2
-        return self.sigma_data**2 / total, ratio * self.sigma_data / jnp.sqrt(total), alpha
+        c_out = ratio * self.sigma_data / jnp.sqrt(total)
+        return self.sigma_data**2 / total, -c_out if self.negated else c_out, alpha
 
     def to_x0(self, output: Array, x: Array, level: NoiseLevel) -> Array:
         c_skip, c_out, alpha = self._coefficients(level, x)
@@ -184,6 +192,54 @@ class EDMPreconditioning:
         return x / jnp.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
 
 
+@dataclass(frozen=True)
+class ConsistencyPreconditioning:
+    """The network predicts F of f(x) = c_skip x + c_out F(c_in x), x = x_t / α, with f(x) = x at ε.
+
+    EDM's coefficients moved to the least noise ε = sigma_min, with σ = σ_t / α_t:
+    c_skip = σ_d² / ((σ - ε)² + σ_d²), c_out = (σ - ε) σ_d / √(σ² + σ_d²), c_in = 1 / √(σ² + σ_d²).
+    f is what a consistency model says: where the flow through x arrives at ε. Undefined where
+    alpha = 0, and the target where σ = ε.
+
+    Attributes:
+      sigma_data: σ_d.
+      sigma_min: ε.
+
+    Raises:
+      ValueError: if sigma_data is not positive or sigma_min is negative.
+
+    Source: Song et al. 2023 (arXiv:2303.01469), appendix C.
+    """
+
+    sigma_data: float = 0.5
+    sigma_min: float = 0.002
+
+    def __post_init__(self):
+        if self.sigma_data <= 0.0 or self.sigma_min < 0.0:
+            raise ValueError(
+                "expected sigma_data > 0 and sigma_min >= 0, got "
+                f"{self.sigma_data} and {self.sigma_min}"
+            )
+
+    def _coefficients(self, level: NoiseLevel, x: Array) -> tuple[Array, Array, Array]:
+        alpha, sigma = _rates(level, x)
+        ratio, data = sigma / alpha, self.sigma_data
+        above = ratio - self.sigma_min
+        return data**2 / (above**2 + data**2), above * data / jnp.sqrt(ratio**2 + data**2), alpha
+
+    def to_x0(self, output: Array, x: Array, level: NoiseLevel) -> Array:
+        c_skip, c_out, alpha = self._coefficients(level, x)
+        return c_skip * (x / alpha) + c_out * output
+
+    def target(self, x0: Array, eps: Array, level: NoiseLevel) -> Array:
+        c_skip, c_out, alpha = self._coefficients(level, x0)
+        noisy = x0 + per_example(level.sigma, x0) / alpha * eps
+        return (x0 - c_skip * noisy) / c_out
+
+    def scale_input(self, x: Array, level: NoiseLevel) -> Array:
+        return EDMPreconditioning(self.sigma_data).scale_input(x, level)
+
+
 PARAMETERIZATIONS = {
     "eps": Eps,
     "x0": X0,
@@ -191,4 +247,5 @@ PARAMETERIZATIONS = {
     "score": Score,
     "flow": FlowVelocity,
     "edm": EDMPreconditioning,
+    "consistency": ConsistencyPreconditioning,
 }

@@ -45,20 +45,28 @@ class StaticThreshold:
 class DynamicThreshold:
     """Clips each image of x̂0 at a percentile of its own magnitudes and rescales it to [-1, 1].
 
-    s = max(1, percentile of |x̂0| over the image), x̂0 <- clip(x̂0, -s, s) / s.
+    s = min(max(1, percentile of |x̂0| over the image), largest), x̂0 <- clip(x̂0, -s, s) / s.
 
     Attributes:
       percentile: in (0, 100].
+      largest: most that s may be, positive; None for no such bound, as in the paper.
 
-    Source: Saharia et al. 2022 (arXiv:2205.11487), section 2.3.
+    Source: Saharia et al. 2022 (arXiv:2205.11487), section 2.3; the bound: diffusers'
+    sample_max_value.
     """
 
     percentile: float = 99.5
+    largest: float | None = None
 
     def validate(self) -> None:
-        """Raises ValueError unless percentile lies in (0, 100]; for values, not tracers."""
+        """Raises ValueError unless percentile lies in (0, 100] and largest is positive.
+
+        For values, not tracers.
+        """
         if not 0.0 < float(self.percentile) <= 100.0:
             raise ValueError(f"percentile must lie in (0, 100], got {self.percentile}")
+        if self.largest is not None and not float(self.largest) > 0.0:
+            raise ValueError(f"largest must be positive or None, got {self.largest}")
 
     def __call__(self, denoise: DenoiseFn, uncond: Condition) -> DenoiseFn:
         del uncond
@@ -67,6 +75,8 @@ class DynamicThreshold:
             prediction = denoise(x, level, cond)
             magnitude = jnp.abs(prediction.x0).reshape(x.shape[0], -1)
             limit = jnp.maximum(jnp.percentile(magnitude, self.percentile, axis=1), 1.0)
+            if self.largest is not None:
+                limit = jnp.minimum(limit, self.largest)
             limit = per_example(limit, x)
             return _thresholded(prediction, jnp.clip(prediction.x0, -limit, limit) / limit)
 

@@ -39,8 +39,8 @@ class DDPM:
     Attributes:
       variance: "small", "large", "interpolated", "learned_range" or "learned".
       fraction: v in [0, 1], with "interpolated" only.
-      noise_at_end: add noise in the step to sigma = 0 too, with β̃ = 1e-20 there. It spoils the
-        picture; diffusers does so on grids whose last step starts above t = 0.
+      noise_at_end: add noise in the step to sigma = 0 too, with β̃ = 1e-20 there, unless it starts
+        at t = 0. It spoils the picture; diffusers does so.
       variant: "exact", or "unclip" for the mean of diffusers' UnCLIPScheduler, which divides a
         precise β by a σ² = 1 - ᾱ that float32 has rounded to multiples of 2^-24. Its last step
         returns x̂0 times a number that is off by up to a thousandth.
@@ -112,6 +112,6 @@ class DDPM:
     ) -> SamplerState:
         del info
         mean, std = self.moments(denoise(state.x, level), state.x, level, next_level)
-        if not self.noise_at_end:
-            std = jnp.where(next_level.sigma == 0, 0.0, std)
+        at_end = next_level.sigma == 0
+        std = jnp.where(at_end & (level.t == 0) if self.noise_at_end else at_end, 0.0, std)
         return SamplerState(mean + std * per_image_normal(keys, state.x))

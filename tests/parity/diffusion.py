@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.core.arrays import image_keys
+from diffusion_jax.core.arrays import fold_in_each, image_keys
 from diffusion_jax.core.chain import PreviousX, following_level, previous_level
 from diffusion_jax.core.condition import Condition
 from diffusion_jax.core.denoiser import make_denoiser
@@ -28,7 +28,6 @@ from diffusion_jax.losses.vlb import bits_per_dim
 from diffusion_jax.models.embeddings import sinusoidal_embedding
 from diffusion_jax.samplers import DDIM, DDPM, StepInfo, sample
 from diffusion_jax.samplers.mean_shift import MeanShift
-from tests.parity.samplers import Options, Unsupported, recorded_noise
 
 SCHEDULES = {"linear": adm_linear, "cosine": Cosine}
 # Type of variance -> kind of variance, and what the second half of the channels means.
@@ -41,6 +40,30 @@ VARIANCES = {
 MEANS = {"EPSILON": Eps, "START_X": X0, "PREVIOUS_X": PreviousX}
 LOSSES = ("MSE", "RESCALED_MSE", "KL", "RESCALED_KL")
 CONDITION = Condition()
+
+
+class Unsupported(Exception):
+    """The library has no counterpart of an option."""
+
+
+class Options:
+    """Keyword arguments with the scheduler's defaults, each of which must be asked for."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        self._left = dict(values)
+
+    def take(self, name: str, default: Any) -> Any:
+        return self._left.pop(name, default)
+
+    def require(self, **expected: Any) -> None:
+        """Options that exist here with one value only."""
+        for name, value in expected.items():
+            if self.take(name, value) != value:
+                raise Unsupported(name)
+
+    def finish(self) -> None:
+        if self._left:
+            raise Unsupported(", ".join(sorted(self._left)))
 
 
 class Process(NamedTuple):
@@ -83,6 +106,24 @@ class Process(NamedTuple):
         del cond
         slope = 1.0 + self.time_input(level) / 1000.0
         return -0.05 * slope * jnp.sum((x - 0.3) ** 2, axis=tuple(range(1, x.ndim)))
+
+
+@contextlib.contextmanager
+def recorded_noise(keys, noise, num_steps, modules=("samplers.ddpm", "samplers.ddim")):
+    """Step i of a loop in the modules draws noise[i]; its keys say which step it is."""
+    steps = jnp.arange(num_steps, dtype=jnp.int32)
+    table = jax.vmap(lambda i: jax.random.key_data(fold_in_each(keys, i))[0])(steps)
+
+    def draw(step_keys, x):
+        del x
+        mine = jax.random.key_data(step_keys)[0]
+        return noise[jnp.argmax(jnp.all(table == mine[None], axis=1))]
+
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            name = f"diffusion_jax.{module}.per_image_normal"
+            stack.enter_context(mock.patch(name, draw))
+        yield
 
 
 def _network(learned: bool) -> Callable:
