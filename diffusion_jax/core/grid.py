@@ -72,8 +72,8 @@ def with_middle(grid: Grid, schedule: NoiseSchedule, rule: str) -> Grid:
     """The grid with a level inside of each step, where some samplers evaluate the network.
 
     The rule says what lies halfway between start and end: "log_snr", so that the noise-to-signal
-    ratio σ/α is the geometric mean of both, or "time", of a discrete schedule. All fields of
-    the level are the schedule's own. Where log-SNR is infinite at either end, the middle is the
+    ratio σ/α is the geometric mean of both, or "time", the schedule's. All fields of the level
+    are the schedule's own. Where log-SNR is infinite at either end, the middle is the
     end, and samplers take a step without it.
 
     Args:
@@ -82,7 +82,7 @@ def with_middle(grid: Grid, schedule: NoiseSchedule, rule: str) -> Grid:
       rule: one of MIDDLES.
 
     Raises:
-      ValueError: if the rule is unknown, or is "time" and the schedule continuous.
+      ValueError: if the rule is unknown.
 
     Source: "log_snr": Karras et al. 2022 (arXiv:2206.00364), appendix D.2 with DPM-Solver-2 of Lu
     et al. 2022 (arXiv:2206.00927), algorithm 1, r1 = 1/2; "time": Liu et al. 2022
@@ -90,10 +90,6 @@ def with_middle(grid: Grid, schedule: NoiseSchedule, rule: str) -> Grid:
     """
     if rule not in MIDDLES:
         raise ValueError(f"rule must be one of {MIDDLES}, got {rule!r}")
-    if rule == "time" and schedule.num_timesteps is None:
-        raise ValueError(
-            f"the middle in time is for discrete schedules, {type(schedule).__name__} is continuous"
-        )
     here = NoiseLevel(*(jnp.asarray(field)[:-1] for field in grid.levels))
     there = NoiseLevel(*(jnp.asarray(f)[1:] for f in grid.levels))
     there = there if grid.ends is None else grid.ends

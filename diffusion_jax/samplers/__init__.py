@@ -9,14 +9,18 @@ from diffusion_jax.samplers.base import (
     initial_noise,
     sample,
 )
+from diffusion_jax.samplers.consistency import LCM, TCD, ConsistencyMultistep
 from diffusion_jax.samplers.ddim import DDIM
 from diffusion_jax.samplers.ddpm import DDPM
+from diffusion_jax.samplers.deis import DEIS
 from diffusion_jax.samplers.dpm_sde import DPMSolverSDE
 from diffusion_jax.samplers.dpm_solver import DPMSolverMultistep
 from diffusion_jax.samplers.flow import FlowHeun, Renoise
 from diffusion_jax.samplers.karras import Euler, EulerChurn, Heun, HeunChurn, ReferenceEulerChurn
 from diffusion_jax.samplers.kdpm2 import KDPM2
+from diffusion_jax.samplers.lms import LMS
 from diffusion_jax.samplers.mean_shift import MeanShift
+from diffusion_jax.samplers.pndm import IPNDM, PNDM
 from diffusion_jax.samplers.repaint import RePaint
 
 SAMPLERS = {
@@ -24,7 +28,6 @@ SAMPLERS = {
     "ddim": DDIM,
     "euler": Euler,
     "heun": Heun,
-    "dpm_solver_pp_2m": DPMSolverMultistep,
     "euler_churn": EulerChurn,
     "heun_churn": HeunChurn,
     "euler_ancestral": EulerAncestral,
@@ -33,13 +36,28 @@ SAMPLERS = {
     "dpm_solver_pp_sde": DPMSolverSDE,
     "flow_heun": FlowHeun,
     "renoise": Renoise,
+    "dpm_solver_pp_2m": DPMSolverMultistep,
+    "lms": LMS,
+    "pndm": PNDM,
+    "ipndm": IPNDM,
+    "deis": DEIS,
+    "lcm": LCM,
+    "tcd": TCD,
+    "consistency_multistep": ConsistencyMultistep,
 }
 
 __all__ = [
     "DDIM",
     "DDPM",
+    "DEIS",
+    "IPNDM",
     "KDPM2",
+    "LCM",
+    "LMS",
+    "PNDM",
     "SAMPLERS",
+    "TCD",
+    "ConsistencyMultistep",
     "DPMSolverMultistep",
     "DPMSolverSDE",
     "Euler",

@@ -6,6 +6,7 @@ from diffusion_jax.core.denoiser import TIME_INPUTS, RescaledTime
 from diffusion_jax.core.parameterization import (
     PARAMETERIZATIONS,
     X0,
+    ConsistencyPreconditioning,
     EDMPreconditioning,
     Eps,
     FlowVelocity,
@@ -61,8 +62,15 @@ from diffusion_jax.models import (
 from diffusion_jax.samplers import (
     DDIM,
     DDPM,
+    DEIS,
+    IPNDM,
     KDPM2,
+    LCM,
+    LMS,
+    PNDM,
     SAMPLERS,
+    TCD,
+    ConsistencyMultistep,
     DPMSolverMultistep,
     DPMSolverSDE,
     Euler,
@@ -91,23 +99,32 @@ SchedulePart = (
     | EDM
     | ShiftedLogSNR
 )
-ParameterizationPart = Eps | X0 | V | Score | FlowVelocity | EDMPreconditioning
+ParameterizationPart = (
+    Eps | X0 | V | Score | FlowVelocity | EDMPreconditioning | ConsistencyPreconditioning
+)
 LossPart = Simple | Hybrid | VLB
 TimesPart = ScheduleTimes | LossAware
 SamplerPart = (
     DDPM
     | DDIM
     | Euler
-    | Heun
-    | DPMSolverMultistep
-    | EulerAncestral
-    | KDPM2Ancestral
-    | DPMSolverSDE
-    | FlowHeun
-    | Renoise
     | EulerChurn
+    | EulerAncestral
+    | Heun
     | HeunChurn
+    | FlowHeun
     | KDPM2
+    | KDPM2Ancestral
+    | DPMSolverMultistep
+    | DPMSolverSDE
+    | Renoise
+    | LMS
+    | PNDM
+    | IPNDM
+    | DEIS
+    | LCM
+    | TCD
+    | ConsistencyMultistep
 )
 GuidancePart = Unguided | ClassifierFree
 ClassifierPart = ClassifierConfig | MLPClassifierConfig

@@ -18,7 +18,13 @@ from diffusion_jax.core.denoiser import (
     network_time,
     scaled_time,
 )
-from diffusion_jax.core.parameterization import EDMPreconditioning, Eps, Parameterization, Score
+from diffusion_jax.core.parameterization import (
+    ConsistencyPreconditioning,
+    EDMPreconditioning,
+    Eps,
+    Parameterization,
+    Score,
+)
 from diffusion_jax.core.schedules import EDM, NoiseSchedule
 from diffusion_jax.core.timesteps import Grid
 from diffusion_jax.core.types import AdaptiveLoss, Array, Batch, Key, LossFn, NoiseLevel, Params
@@ -81,7 +87,8 @@ def _check_path(
 ) -> None:
     """Refuses combinations that divide by zero or hide the time from the network."""
     no_signal = ends_without_signal(schedule)
-    if no_signal and isinstance(parameterization, Eps | Score | EDMPreconditioning):
+    divides = Eps | Score | EDMPreconditioning | ConsistencyPreconditioning
+    if no_signal and isinstance(parameterization, divides):
         raise ValueError(
             f"{type(parameterization).__name__} divides by alpha, which is 0 at the end of this "
             "schedule (zero terminal SNR); choose the parameterization 'v', 'flow' or 'x0'"

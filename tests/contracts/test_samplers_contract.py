@@ -24,6 +24,8 @@ ROWS = {
     "ddim_eta": SAMPLERS["ddim"](eta=0.5),
     "ddpm_learned": DDPM("learned_range"),
     "heun_churn_1": SAMPLERS["heun_churn"](s_churn=1.0),
+    "lms_runge_kutta": SAMPLERS["lms"](start="runge_kutta"),
+    "pndm_plms_v": SAMPLERS["pndm"](runge_kutta_start=False, extrapolates="v"),
 }
 STOCHASTIC = {
     "ddpm",
@@ -34,6 +36,9 @@ STOCHASTIC = {
     "kdpm2_ancestral",
     "dpm_solver_pp_sde",
     "renoise",
+    "lcm",
+    "tcd",
+    "consistency_multistep",
 }
 SCHEDULE = ZeroTerminalSNR(1000, Cosine())
 MAX_STEPS = 8

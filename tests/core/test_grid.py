@@ -37,8 +37,10 @@ def test_the_middle_lies_on_the_schedule(schedule):
 def test_the_middle_in_time():
     grid = with_middle(leading(Linear(), 4, max_steps=4), Linear(), "time")
     np.testing.assert_array_equal(grid.middle.t, [625.0, 375.0, 125.0, 0.0])
-    with pytest.raises(ValueError, match="FlowMatching is continuous"):
-        with_middle(trailing(FlowMatching(), 4), FlowMatching(), "time")
+    schedule = FlowMatching()
+    grid = with_middle(trailing(schedule, 4, max_steps=4), schedule, "time")
+    sigma = np.asarray(grid.levels.sigma[:4])
+    np.testing.assert_allclose(grid.middle.sigma[:3], (sigma[:-1] + sigma[1:]) / 2, rtol=1e-6)
 
 
 def test_a_step_from_zero_signal_has_no_middle():
