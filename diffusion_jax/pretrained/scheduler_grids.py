@@ -86,7 +86,7 @@ def make_grid(
     final = (np.append(level, end[-1]) for level, end in zip(levels, ends, strict=True))
     chains = all(
         np.array_equal(getattr(levels, name)[1:], getattr(ends, name)[:-1])
-        for name in ("alpha", "sigma")
+        for name in NoiseLevel._fields
     )
     return Grid(
         padded(final, max_steps + 1),

@@ -84,6 +84,7 @@ from diffusion_jax.samplers.dpm_singlestep import DPMSolverSinglestep
 from diffusion_jax.samplers.dpm_solver import DPMSolverMultistep
 from diffusion_jax.samplers.flow import FlowHeun, Renoise
 from diffusion_jax.samplers.karras import Euler, Heun, ReferenceEulerChurn
+from diffusion_jax.samplers.inversion import DDIMInversion
 from diffusion_jax.samplers.kdpm2 import KDPM2
 from diffusion_jax.samplers.lms import LMS
 from diffusion_jax.samplers.pndm import IPNDM, PNDM
@@ -395,7 +396,7 @@ def _ddim_inverse(o: _Options) -> dict[str, Any]:
         "schedule": _schedule(o),
         "parameterization": _prediction(o),
         "threshold": threshold,
-        "sampler": DDIM(noise_from=_eps_of(o, threshold)),
+        "sampler": DDIMInversion(variant="reference"),
         "steps": steps,
     }
 
