@@ -16,6 +16,7 @@ from diffusion_jax.samplers.deis import DEIS
 from diffusion_jax.samplers.dpm_sde import DPMSolverSDE
 from diffusion_jax.samplers.dpm_solver import DPMSolverMultistep
 from diffusion_jax.samplers.flow import FlowHeun, Renoise
+from diffusion_jax.samplers.inversion import DDIMInversion, decode, encode, slerp
 from diffusion_jax.samplers.karras import Euler, EulerChurn, Heun, HeunChurn, ReferenceEulerChurn
 from diffusion_jax.samplers.kdpm2 import KDPM2
 from diffusion_jax.samplers.lms import LMS
@@ -58,6 +59,7 @@ __all__ = [
     "SAMPLERS",
     "TCD",
     "ConsistencyMultistep",
+    "DDIMInversion",
     "DPMSolverMultistep",
     "DPMSolverSDE",
     "Euler",
@@ -74,7 +76,10 @@ __all__ = [
     "Sampler",
     "SamplerState",
     "StepInfo",
+    "decode",
+    "encode",
     "fit_grid",
     "initial_noise",
     "sample",
+    "slerp",
 ]
