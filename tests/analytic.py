@@ -34,7 +34,7 @@ def gaussian_flow(x, level: NoiseLevel, next_level: NoiseLevel, *, mean: float, 
     """
     before = level.alpha**2 * std**2 + level.sigma**2
     after = next_level.alpha**2 * std**2 + next_level.sigma**2
-    return next_level.alpha * mean + np.sqrt(after / before) * (x - level.alpha * mean)
+    return next_level.alpha * mean + (after / before) ** 0.5 * (x - level.alpha * mean)
 
 
 def ode_solution(mixture: Mixture, x, sigma_max: float, sigma_min: float, steps: int = 512):
