@@ -21,8 +21,8 @@ from diffusion_jax.samplers.base import StepInfo
 from diffusion_jax.samplers.consistency import LCM
 from diffusion_jax.samplers.dpm_sde import DPMSolverSDE
 from diffusion_jax.samplers.flow import FlowHeun
-from diffusion_jax.samplers.karras import Heun, ReferenceEulerChurn
 from diffusion_jax.samplers.inversion import DDIMInversion
+from diffusion_jax.samplers.karras import Heun, ReferenceEulerChurn
 from diffusion_jax.samplers.kdpm2 import KDPM2
 from diffusion_jax.samplers.repaint import RePaint
 from tests.noise import drawn_by

@@ -16,7 +16,7 @@ from diffusion_jax.core.schedules import (
     ZeroTerminalSNR,
 )
 from diffusion_jax.core.types import NoiseLevel
-from diffusion_jax.pretrained.scheduler_grids import (
+from diffusion_jax.pretrained.schedulers.table_steps import (
     Published,
     count_steps,
     make_grid,

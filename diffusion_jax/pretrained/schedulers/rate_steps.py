@@ -9,14 +9,14 @@ import numpy as np
 from diffusion_jax.core.grid import Grid, check_num_steps
 from diffusion_jax.core.schedules import DiscreteSchedule, NoiseSchedule
 from diffusion_jax.core.types import NoiseLevel
-from diffusion_jax.pretrained.scheduler_grids import (
+from diffusion_jax.pretrained.schedulers.ratio_steps import ratios32, respaced
+from diffusion_jax.pretrained.schedulers.table_steps import (
     Published,
     check_custom,
     count_steps,
     make_grid,
     refuse,
 )
-from diffusion_jax.pretrained.scheduler_ratios import ratios32, respaced
 
 
 @dataclass(frozen=True)
