@@ -17,11 +17,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.parity import denoisers, diffusion, originals, samplers
+from tests.parity import denoisers, diffusion, ldm, originals, samplers
 
 # (case, folder) -> outputs by name, or None where the library cannot do what the case asks.
 Handler = Callable[[Mapping[str, Any], Path], Mapping[str, np.ndarray] | None]
-HANDLERS: tuple[Handler, ...] = (samplers.run, denoisers.run, originals.run, diffusion.run)
+HANDLERS: tuple[Handler, ...] = (
+    samplers.run,
+    ldm.run,
+    denoisers.run,
+    originals.run,
+    diffusion.run,
+)
 
 PASSED, FAILED, NOT_IMPLEMENTED = "passed", "FAILED", "not implemented"
 
