@@ -14,6 +14,7 @@ from diffusion_jax.samplers.ddim import DDIM
 from diffusion_jax.samplers.ddpm import DDPM
 from diffusion_jax.samplers.deis import DEIS
 from diffusion_jax.samplers.dpm_sde import DPMSolverSDE
+from diffusion_jax.samplers.dpm_singlestep import DPMSolverSinglestep
 from diffusion_jax.samplers.dpm_solver import DPMSolverMultistep
 from diffusion_jax.samplers.flow import FlowHeun, Renoise
 from diffusion_jax.samplers.inversion import DDIMInversion, decode, encode, slerp
@@ -23,6 +24,7 @@ from diffusion_jax.samplers.lms import LMS
 from diffusion_jax.samplers.mean_shift import MeanShift
 from diffusion_jax.samplers.pndm import IPNDM, PNDM
 from diffusion_jax.samplers.repaint import RePaint
+from diffusion_jax.samplers.unipc import UniPC
 
 SAMPLERS = {
     "ddpm": DDPM,
@@ -38,6 +40,8 @@ SAMPLERS = {
     "flow_heun": FlowHeun,
     "renoise": Renoise,
     "dpm_solver_pp_2m": DPMSolverMultistep,
+    "dpm_solver_singlestep": DPMSolverSinglestep,
+    "unipc": UniPC,
     "lms": LMS,
     "pndm": PNDM,
     "ipndm": IPNDM,
@@ -62,6 +66,7 @@ __all__ = [
     "DDIMInversion",
     "DPMSolverMultistep",
     "DPMSolverSDE",
+    "DPMSolverSinglestep",
     "Euler",
     "EulerAncestral",
     "EulerChurn",
@@ -76,6 +81,7 @@ __all__ = [
     "Sampler",
     "SamplerState",
     "StepInfo",
+    "UniPC",
     "decode",
     "encode",
     "fit_grid",

@@ -73,6 +73,7 @@ from diffusion_jax.samplers import (
     ConsistencyMultistep,
     DPMSolverMultistep,
     DPMSolverSDE,
+    DPMSolverSinglestep,
     Euler,
     EulerAncestral,
     EulerChurn,
@@ -81,6 +82,7 @@ from diffusion_jax.samplers import (
     HeunChurn,
     KDPM2Ancestral,
     Renoise,
+    UniPC,
 )
 
 NetworkPart = UNetConfig | MLPConfig | DiTConfig
@@ -116,6 +118,8 @@ SamplerPart = (
     | KDPM2
     | KDPM2Ancestral
     | DPMSolverMultistep
+    | DPMSolverSinglestep
+    | UniPC
     | DPMSolverSDE
     | Renoise
     | LMS

@@ -167,11 +167,13 @@ def test_second_order_multistep_is_the_papers_formula():
     expected = sigma_next / sigma * x - float(levels[2].alpha) * np.expm1(-h) * d
     sampler = DPMSolverMultistep()
     state = sampler.init(jnp.full((4, 1), x, jnp.float32)).replace(
-        x0=jnp.full((4, 1), x0_last), half_log_snr=jnp.float32(lam[0])
+        outputs=(jnp.full((4, 1), x0_last),), half_log_snrs=(jnp.float32(lam[0]),)
     )
-    out = sampler.step(KEYS, constant(jnp.float32([[x0]])), state, levels[1], levels[2], INFO)
+    out = sampler.step(
+        KEYS, constant(jnp.float32([[x0]])), state, levels[1], levels[2], StepInfo(1, 0, 20)
+    )
     np.testing.assert_allclose(out.x, np.full((4, 1), expected), rtol=1e-5)
-    np.testing.assert_allclose(out.half_log_snr, lam[1], rtol=1e-6)
+    np.testing.assert_allclose(out.half_log_snrs[0], lam[1], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -242,8 +244,8 @@ def test_sample_refuses(x, keys, message):
 def test_samplers_refuse_bad_options():
     with pytest.raises(ValueError, match="'medium'"):
         DDPM("medium")
-    with pytest.raises(ValueError, match="got 3"):
-        DPMSolverMultistep(order=3)
+    with pytest.raises(ValueError, match="got 4"):
+        DPMSolverMultistep(order=4)
     for eta in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="eta"):
             DDIM(eta).validate()
