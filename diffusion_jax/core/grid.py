@@ -66,6 +66,7 @@ class Grid(NamedTuple):
 
 
 MIDDLES = ("log_snr", "time")
+FINALS = ("clean", "t_min")
 
 
 def with_middle(grid: Grid, schedule: NoiseSchedule, rule: str) -> Grid:
@@ -148,7 +149,26 @@ def from_times(
         raise ValueError(
             f"times must lie in [{schedule.t_min}, {schedule.t_max}], got {times[0]} to {times[-1]}"
         )
-    return _from_levels(schedule(times), _final_level(schedule, final), max_steps)
+    return from_levels(schedule, schedule(times), final=final, max_steps=max_steps)
+
+
+def from_levels(
+    schedule: NoiseSchedule, levels: NoiseLevel, *, final: str | NoiseLevel, max_steps: int
+) -> Grid:
+    """The grid that evaluates the network at the given levels of a schedule.
+
+    Args:
+      levels: every field [N], from noisy to clean.
+      final: where the last step ends: see `from_times`, or a level of its own.
+      max_steps: length that the grid is padded to.
+
+    Raises:
+      ValueError: if `final` is unknown.
+
+    Source: none; a convention of this library.
+    """
+    end = _final_level(schedule, final) if isinstance(final, str) else final
+    return _from_levels(levels, end, max_steps)
 
 
 def _final_level(schedule: NoiseSchedule, final: str) -> NoiseLevel:

@@ -3,12 +3,18 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.core.grid import Grid, check_num_steps, from_times, jumps
+from diffusion_jax.core.grid import FINALS, Grid, check_num_steps, from_times, jumps
 from diffusion_jax.core.schedules import NoiseSchedule
-from diffusion_jax.core.types import Array
+from diffusion_jax.core.spacings import (
+    beta,
+    exponential,
+    from_sigmas,
+    karras,
+    log_linear,
+    rounded_times,
+)
 
 # GLIDE's 27 steps: these sections, with the last time moved down by 2.
 _FAST27 = (10, 10, 3, 2, 2)
@@ -20,15 +26,6 @@ def _check_discrete(schedule: NoiseSchedule, num_steps: int, max_steps: int) -> 
         raise ValueError(
             f"num_steps = {num_steps} exceeds the schedule's {schedule.num_timesteps} timesteps"
         )
-
-
-def _rounded(schedule: NoiseSchedule, times: Array) -> Array:
-    if schedule.num_timesteps is None:
-        raise ValueError(
-            f"round_t rounds to discrete timesteps; {type(schedule).__name__} is continuous with "
-            f"times from {schedule.t_min} to {schedule.t_max}, so leave round_t off"
-        )
-    return np.round(times)
 
 
 def trailing(
@@ -59,7 +56,7 @@ def trailing(
     else:
         total = schedule.num_timesteps
         times = total - np.arange(num_steps) * (total / num_steps) - 1.0
-    times = _rounded(schedule, times) if round_t else times
+    times = rounded_times(schedule, times) if round_t else times
     return from_times(schedule, times, final=final, max_steps=max_steps)
 
 
@@ -123,69 +120,8 @@ def linspace(
     """
     _check_discrete(schedule, num_steps, max_steps)
     times = np.linspace(schedule.t_max, schedule.t_min, num_steps)
-    times = _rounded(schedule, times) if round_t else times
+    times = rounded_times(schedule, times) if round_t else times
     return from_times(schedule, times, final=final, max_steps=max_steps)
-
-
-def karras(
-    schedule: NoiseSchedule,
-    num_steps: int,
-    *,
-    max_steps: int = 1000,
-    rho: float = 7.0,
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    round_t: bool = False,
-    final: str = "clean",
-) -> Grid:
-    """Noise-to-signal ratios that are uniform after taking the rho-th root.
-
-    (σ/α)_i = (σ_max^{1/ρ} + i/(N-1) · (σ_min^{1/ρ} - σ_max^{1/ρ}))^ρ, i = 0 … N-1.
-
-    Args:
-      num_steps: N.
-      max_steps: length that the grid is padded to.
-      rho: ρ; larger puts more steps at low noise.
-      sigma_min, sigma_max: ends of the grid; the schedule's own where None.
-      round_t: tell the network rounded times; the rates stay exact.
-      final: see `from_times`.
-
-    Raises:
-      ValueError: if num_steps is out of range, if the ends are not ordered or lie outside
-        of the schedule, if rho is not positive, or if times of a continuous schedule are to be
-        rounded.
-
-    Source: Karras et al. 2022 (arXiv:2206.00364), eq. 5.
-    """
-    check_num_steps(num_steps, max_steps)
-    if rho <= 0.0:
-        raise ValueError(f"rho must be positive, got {rho}")
-    ratios, ends = [], []
-    for t, given in ((schedule.t_min, sigma_min), (schedule.t_max, sigma_max)):
-        level = schedule(np.asarray(t))
-        with np.errstate(divide="ignore"):
-            ends.append(float(level.sigma / level.alpha))
-        ratios.append(ends[-1] if given is None else given)
-    low, high = ratios
-    if not 0.0 < low < high < np.inf:
-        raise ValueError(
-            f"expected 0 < sigma_min < sigma_max < inf, got {low} and {high}; a schedule without "
-            "signal at its end (zero terminal SNR, flow matching) needs sigma_max or another "
-            "spacing"
-        )
-    if low < ends[0] * (1 - 1e-6) or high > ends[1] * (1 + 1e-6):
-        raise ValueError(
-            f"the schedule has noise-to-signal ratios from {ends[0]} to {ends[1]}, got sigma_min = "
-            f"{low} and sigma_max = {high}"
-        )
-    ramp = np.linspace(0.0, 1.0, num_steps)
-    sigmas = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    times = schedule.inverse(-2.0 * np.log(sigmas))
-    grid = from_times(schedule, times, final=final, max_steps=max_steps)
-    if round_t:
-        told = _rounded(schedule, np.asarray(grid.levels.t))
-        grid = grid._replace(levels=grid.levels._replace(t=jnp.asarray(told)))
-    return grid
 
 
 def _integer_stride(num_timesteps: int, count: int) -> tuple[int, ...]:
@@ -284,8 +220,11 @@ TIMESTEPS: dict[str, Callable[..., Grid]] = {
     "leading": leading,
     "linspace": linspace,
     "karras": karras,
+    "exponential": exponential,
+    "beta": beta,
 }
-_CAN_ROUND = ("trailing", "linspace", "karras")
+_CAN_ROUND = ("trailing", "linspace", "karras", "exponential", "beta")
+_HAVE_ENDS = ("karras", "exponential")
 _DEFAULT_NUM_STEPS = 50
 
 
@@ -300,12 +239,15 @@ class Steps:
       max_steps: length that grids are padded to; one compilation serves them all.
       sections: respacing string such as "250" or "ddim50" where the spacing is "sections", else
         None; see `space_timesteps`.
-      round_t: tell the network integer times; for trailing, linspace and karras on discrete
-        schedules. The times of the other spacings are integers anyway.
+      round_t: tell the network integer times, on discrete schedules. The times of "leading" and
+        of "sections" are integers anyway.
+      final: where the last step ends, "clean" or "t_min", see `from_times`.
+      sigma_min, sigma_max: least and largest noise-to-signal ratio, for karras and exponential;
+        the schedule's own where None. One without signal at its end needs sigma_max.
 
     Raises:
-      ValueError: if the spacing is unknown, num_steps is not in [1, max_steps] or not what
-        the sections make, or an option is given that the spacing does not have.
+      ValueError: if the spacing or the final level is unknown, num_steps is not in [1, max_steps]
+        or not what the sections make, or an option is given that the spacing does not have.
 
     Source: none; a convention of this library.
     """
@@ -315,6 +257,9 @@ class Steps:
     max_steps: int = 1000
     sections: str | None = None
     round_t: bool = False
+    final: str = "clean"
+    sigma_min: float | None = None
+    sigma_max: float | None = None
 
     def __post_init__(self):
         known = (*sorted(TIMESTEPS), "sections")
@@ -328,6 +273,13 @@ class Steps:
         if self.round_t and self.spacing not in _CAN_ROUND:
             raise ValueError(
                 f"round_t is for the spacings {_CAN_ROUND}; {self.spacing!r} makes integers anyway"
+            )
+        if self.final not in FINALS:
+            raise ValueError(f"final must be one of {FINALS}, got {self.final!r}")
+        if (self.sigma_min, self.sigma_max) != (None, None) and self.spacing not in _HAVE_ENDS:
+            raise ValueError(
+                f"sigma_min and sigma_max are for the spacings {_HAVE_ENDS}, got {self.sigma_min} "
+                f"and {self.sigma_max} with {self.spacing!r}"
             )
         made = _DEFAULT_NUM_STEPS if self.sections is None else sum(_section_counts(self.sections))
         if self.num_steps is None:
@@ -346,23 +298,29 @@ class Steps:
         Raises:
           ValueError: if the spacing does not fit the schedule.
         """
+        common = {"max_steps": self.max_steps, "final": self.final}
         if self.sections is not None:
-            return sections(schedule, self.sections, max_steps=self.max_steps)
+            return sections(schedule, self.sections, **common)
         options = {"round_t": True} if self.round_t else {}
-        make = TIMESTEPS[self.spacing]
-        return make(schedule, self.num_steps, max_steps=self.max_steps, **options)
+        if self.spacing in _HAVE_ENDS:
+            options |= {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
+        return TIMESTEPS[self.spacing](schedule, self.num_steps, **common, **options)
 
 
 __all__ = [
     "TIMESTEPS",
     "Grid",
     "Steps",
+    "beta",
     "check_num_steps",
+    "exponential",
+    "from_sigmas",
     "from_times",
     "jumps",
     "karras",
     "leading",
     "linspace",
+    "log_linear",
     "sections",
     "space_timesteps",
     "trailing",

@@ -21,9 +21,12 @@ every_spacing = pytest.mark.parametrize("spacing", TIMESTEPS)
 
 
 def grid_of(make, spacing, num_steps=2, **options):
-    """A grid of the row, with an end for Karras levels where there is no finite one."""
+    """A grid of the row, with an end for ratios where there is no finite one."""
     schedule = make()
-    if spacing == "karras" and float(schedule(np.asarray(schedule.t_max)).alpha) == 0.0:
+    if (
+        spacing in ("karras", "exponential")
+        and float(schedule(np.asarray(schedule.t_max)).alpha) == 0.0
+    ):
         options["sigma_max"] = 50.0
     return TIMESTEPS[spacing](schedule, num_steps, max_steps=8, **options)
 
