@@ -176,6 +176,7 @@ def test_plms_by_a_recursion_in_numpy(quantity, x64):
     )
 
 
+@pytest.mark.slow
 def test_pndm_takes_rounded_levels_from_the_grid(x64):
     """Two levels inside of the first steps: at the natural places they change nothing."""
     x = jnp.asarray([[0.3], [-2.0]])
@@ -251,7 +252,14 @@ def karras_without_last_step(sampler, num_steps):
     return fit_grid(sampler, grid, schedule)._replace(stop=jnp.asarray(num_steps, jnp.int32))
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+def slow(case):
+    return pytest.param(case, marks=pytest.mark.slow)
+
+
+FAST = ("lms_2", "lms_4_runge_kutta", "deis_3", "deis_4")
+
+
+@pytest.mark.parametrize("name", [name if name in FAST else slow(name) for name in SOLVERS])
 def test_order_of_convergence(name, x64):
     sampler, (low, high), bound = SOLVERS[name]
     x, exact = reference()
@@ -283,7 +291,7 @@ def reference_in_time():
     return u, analytic.ode_solution(MIXTURE, u, *ratios, steps=2048)
 
 
-@pytest.mark.parametrize("sampler", [PNDM(False), IPNDM(4)], ids=["plms", "ipndm"])
+@pytest.mark.parametrize("sampler", [PNDM(False), slow(IPNDM(4))], ids=["plms", "ipndm"])
 def test_plms_is_of_second_order_in_time(sampler, x64):
     """The weights of equal steps in time, but the transfer is no step in time: order 2."""
     u, exact = reference_in_time()
@@ -296,7 +304,7 @@ def test_plms_is_of_second_order_in_time(sampler, x64):
     assert 1.9 < np.log2(error[256] / error[512]) < 2.3, error
 
 
-@pytest.mark.parametrize("sampler", [LMS(4, RUNGE_KUTTA), DEIS(3), PNDM(), IPNDM(4)], ids=str)
+@pytest.mark.parametrize("sampler", [LMS(4, RUNGE_KUTTA), DEIS(3), slow(PNDM()), slow(IPNDM(4))])
 def test_path_does_not_matter(sampler, x64):
     x, _ = reference()
     grid = karras_without_last_step(sampler, 32)
