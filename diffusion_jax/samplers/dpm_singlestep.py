@@ -60,9 +60,10 @@ class DPMSolverSinglestep:
     second starts again at the block's first level and is of order 2, the third of order 3:
     only the last level of a block has the full order, the others are where the network is
     evaluated, so N steps are N calls. The paper's r1 and r2 are those of the grid: on one that
-    is uniform in λ they are 1/2, or 1/3 and 2/3, as published. Order 3 with "midpoint" uses the
-    second level of the block for the third alone and then has order 3 where r2 is 2/3, on smooth
-    grids up to terms of higher order; "heun" puts a parabola through all three, for any r1, r2.
+    is uniform in λ they are 1/2, or 1/3 and 2/3, as published. Order 3
+    needs r2 = 2/3, which every smooth grid approaches fast enough as N grows; where r2 stays
+    elsewhere, both forms are of order 2. There "midpoint" integrates the line through the first
+    and the third level of a block, "heun" the parabola through all three.
 
     A step to sigma = 0 is of order 1, and so is one from alpha = 0, after which a block starts.
     If N is not divisible by the order, the last block is shorter.

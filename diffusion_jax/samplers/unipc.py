@@ -139,7 +139,8 @@ class UniPC:
         order = jnp.asarray(self.order, jnp.int32)
         if self.lower_order_final:
             order = jnp.minimum(order, jnp.asarray(info.stop - info.index, jnp.int32))
-        known = 1 + sum(exponential.known(state.half_log_snrs, here)).astype(jnp.int32)
+        usable = exponential.known(state.half_log_snrs, here)
+        known = 1 + sum(ok.astype(jnp.int32) for ok in usable)
         end = exponential.half_log_snr(next_level)
         return jnp.where(exponential.is_forward(here, end), jnp.minimum(order, known), 1)
 
