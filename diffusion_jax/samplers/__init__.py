@@ -20,6 +20,7 @@ from diffusion_jax.samplers.flow import FlowHeun, Renoise
 from diffusion_jax.samplers.inversion import DDIMInversion, decode, encode, slerp
 from diffusion_jax.samplers.karras import Euler, EulerChurn, Heun, HeunChurn, ReferenceEulerChurn
 from diffusion_jax.samplers.kdpm2 import KDPM2
+from diffusion_jax.samplers.likelihood import Likelihood, bits_per_dimension, log_likelihood
 from diffusion_jax.samplers.lms import LMS
 from diffusion_jax.samplers.mean_shift import MeanShift
 from diffusion_jax.samplers.pndm import IPNDM, PNDM
@@ -74,6 +75,7 @@ __all__ = [
     "Heun",
     "HeunChurn",
     "KDPM2Ancestral",
+    "Likelihood",
     "MeanShift",
     "RePaint",
     "ReferenceEulerChurn",
@@ -82,10 +84,12 @@ __all__ = [
     "SamplerState",
     "StepInfo",
     "UniPC",
+    "bits_per_dimension",
     "decode",
     "encode",
     "fit_grid",
     "initial_noise",
+    "log_likelihood",
     "sample",
     "slerp",
 ]
