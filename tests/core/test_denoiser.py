@@ -73,6 +73,14 @@ def test_learned_range_is_the_second_half_mapped_to_a_fraction():
     assert log_var is None
 
 
+def test_learned_variance_is_the_exponential_of_its_logarithm():
+    def positive(params, x, t, cond, *, keys=None):
+        return jnp.abs(two_halves(params, x, t, cond, keys=keys))
+
+    prediction = make_denoiser(positive, X0(), learned_variance="variance")({})(X, LEVEL)
+    np.testing.assert_allclose(jnp.exp(prediction.log_var), [[1.0, 1.5], [1.0, 1.5]], rtol=1e-6)
+
+
 def test_learned_log_variance_is_the_second_half_itself():
     prediction = make_denoiser(two_halves, X0(), learned_variance="log")({})(X, LEVEL)
     np.testing.assert_array_equal(prediction.x0, X)
@@ -82,7 +90,7 @@ def test_learned_log_variance_is_the_second_half_itself():
 
 @pytest.mark.parametrize("learned", [True, False, "learned_range"])
 def test_unknown_meaning_of_the_second_half_is_refused(learned):
-    with pytest.raises(ValueError, match=f"None or one of .'range', 'log'.*{learned}"):
+    with pytest.raises(ValueError, match=f"None or one of .'range', 'log', 'variance'.*{learned}"):
         make_denoiser(two_halves, X0(), learned_variance=learned)
 
 

@@ -140,3 +140,21 @@ def test_refusals():
         EDMPreconditioning(0.0)
     with pytest.raises(ValueError, match="coefficient"):
         Eps().to_x0(jnp.ones((2, 3)), jnp.ones((2, 3)), level_of([0.5, 0.5, 0.5]))
+
+
+def test_networks_of_the_other_sign_say_the_same():
+    """Velocities towards data, and EDM's negated F, which at σ_d = 1 is v."""
+    rng = np.random.default_rng(1)
+    x0, eps = (jnp.float32(rng.standard_normal((5, 4))) for _ in range(2))
+    level = level_of(SIGNAL)
+    x = add_noise(x0, eps, level)
+    for plain, other in (
+        (FlowVelocity(), FlowVelocity(towards_data=True)),
+        (EDMPreconditioning(0.7), EDMPreconditioning(0.7, negated=True)),
+    ):
+        output = plain.target(x0, eps, level)
+        np.testing.assert_allclose(other.target(x0, eps, level), -output, rtol=1e-6)
+        np.testing.assert_array_equal(other.to_x0(-output, x, level), plain.to_x0(output, x, level))
+    v = V().target(x0, eps, level)
+    negated = EDMPreconditioning(1.0, negated=True).target(x0, eps, level)
+    np.testing.assert_allclose(negated[1:4], v[1:4], rtol=1e-3, atol=1e-4)

@@ -314,6 +314,7 @@ def test_training_times_are_uniform():
         (lambda: Betas(3, (0.1, 0.2)), "got 2"),
         (lambda: Betas(2, (0.0, 0.2)), r"\(0, 1\]"),
         (lambda: ZeroTerminalSNR(10, Linear()), "1000.*got 10"),
+        (lambda: ZeroTerminalSNR(last=1.0), "last must lie in .*got 1.0"),
         (lambda: CosineLogSNR(5.0, -5.0), "log_snr_min"),
         (lambda: EDM(sigma_min=0.0), "sigma_min"),
         (lambda: EDM(sigma_min=2.0, sigma_max=1.0), "got 2.0, 1.0"),
@@ -340,3 +341,10 @@ def test_schedules_are_hashable_values():
         Linear() == Linear() and hash(Cosine(10)) == hash(Cosine(10)) and Cosine(10) != Cosine(11)
     )
     assert issubclass(Sigmoid, DiscreteSchedule)
+
+
+def test_the_end_of_zero_terminal_snr_can_be_kept_finite():
+    """Only the last entry differs from the table that ends at 0."""
+    kept, zero = ZeroTerminalSNR(last=2.0**-24).alphas_cumprod(), ZeroTerminalSNR().alphas_cumprod()
+    assert (kept[-1], zero[-1]) == (2.0**-24, 0.0)
+    np.testing.assert_array_equal(kept[:-1], zero[:-1])

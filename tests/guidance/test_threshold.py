@@ -51,6 +51,14 @@ def test_dynamic_threshold_of_images_in_range_is_static():
     np.testing.assert_array_equal(dynamic, apply(StaticThreshold(1.0), x0).x0)
 
 
+@pytest.mark.parametrize("largest, divisor", [(None, 4.0), (9.0, 4.0), (2.0, 2.0), (0.5, 0.5)])
+def test_dynamic_threshold_can_be_capped(largest, divisor):
+    """The largest of |x̂0| is 4, so that s is 4 or the cap."""
+    x0 = np.asarray([[4.0, -1.0, 0.2]], np.float32)
+    out = apply(DynamicThreshold(100.0, largest), x0).x0
+    np.testing.assert_allclose(out, np.clip(x0, -divisor, divisor) / divisor, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "sampler", [Euler(), DDIM(), Heun(), DPMSolverMultistep()], ids=lambda s: type(s).__name__
 )
@@ -81,6 +89,7 @@ def test_samplers_derive_the_noise_from_the_clipped_x0(sampler):
         (StaticThreshold(float("nan")), "limit"),
         (DynamicThreshold(0.0), "percentile"),
         (DynamicThreshold(100.1), "got 100.1"),
+        (DynamicThreshold(largest=0.0), "largest must be positive or None, got 0.0"),
     ],
 )
 def test_bad_values_are_refused(bad, message):

@@ -19,6 +19,11 @@ from diffusion_jax.pretrained.schedulers.table_steps import (
 )
 
 
+def _float32(rates: np.ndarray) -> np.ndarray:
+    """Rounded as schedulers keep them: it decides at bounds of churn, and 1 - σ near 0."""
+    return rates.astype(np.float32).astype(np.float64)
+
+
 @dataclass(frozen=True)
 class EDMSteps:
     """Noise rates of an EDM path from the schedule's sigma_max to its sigma_min.
@@ -68,6 +73,7 @@ class EDMSteps:
         else:
             least, most = low ** (1 / self.rho), high ** (1 / self.rho)
             rates = (most + ramp * (least - most)) ** self.rho
+        rates = _float32(rates)
         return Published(rates, np.append(rates, 0.0 if self.final == "zero" else low))
 
     def grid(self, schedule, num_steps=None, *, max_steps=1000, **given) -> Grid:
@@ -186,7 +192,7 @@ class FlowSteps:
         if timesteps is not None and not self.inverted:
             times = np.asarray(timesteps, np.float32).astype(np.float64)
         times = np.trunc(times) if self.told == "cut" else times
-        return Published(times, np.append(rates, 1.0 - last if self.inverted else last))
+        return Published(times, _float32(np.append(rates, 1.0 - last if self.inverted else last)))
 
     def grid(self, schedule, num_steps=None, *, max_steps=1000, **given) -> Grid:
         times, rates = self.published(schedule, num_steps, **given)
@@ -226,7 +232,8 @@ class FlowKarrasSteps:
         ratios = respaced("karras", low, high, count)
         rates = ratios / (ratios + 1.0)
         last = 0.0 if self.final == "zero" else rates[-1]
-        return Published(np.trunc(rates * self.base.num_timesteps), np.append(rates, last))
+        times = np.trunc(rates * self.base.num_timesteps)
+        return Published(times, _float32(np.append(rates, last)))
 
     def grid(self, schedule, num_steps=None, *, max_steps=1000, **given) -> Grid:
         times, rates = self.published(schedule, num_steps, **given)

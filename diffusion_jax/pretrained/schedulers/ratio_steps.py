@@ -199,7 +199,8 @@ class RatioSteps:
         last = {"zero": 0.0, "sigma_min": float(table[0]), "last": float(table[0])}[self.final]
         if self.final == "last" and self.respacing is not None:
             last = ratios[-1]
-        return Published(times, np.append(ratios, last))
+        # Rounded as the scheduler keeps them: a bound of churn may be one of them.
+        return Published(times, np.append(ratios, last).astype(np.float32).astype(np.float64))
 
     def grid(self, schedule, num_steps=None, *, max_steps=1000, **given) -> Grid:
         times, ratios = self.published(schedule, num_steps, **given)
