@@ -1,4 +1,4 @@
-"""The command line: diffusion-jax train | sample | evaluate | demo | proof | ablate | data."""
+"""The command line: train, sample, evaluate, demo, proof, ablate, bench, data."""
 
 import dataclasses
 import sys
@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from diffusion_jax.commands.bench_plan import Benchmark, find_benchmark
 from diffusion_jax.configuration import TABLES
 from diffusion_jax.experiment import EXPERIMENTS, Experiment, find, find_stages, run_configs
 
@@ -21,6 +22,9 @@ USAGE = f"""usage: diffusion-jax COMMAND …
   demo                                  train, sample and score handwritten digits in minutes
   proof NAME [--seed N]                 show what a system must do, beside controls that must fail
   ablate NAME                           the same with three seeds and more retrained controls
+  bench schedules [FILE.py] [--tiny]    compare schedules, grids and samplers on an exact denoiser,
+                                        or trained runs with --run DIR …
+  bench order                           measure the order of convergence of every sampler
   data prepare SET                      make digits, mnist or cifar10 ready for training
 
 NAME is one of {", ".join(EXPERIMENTS)}, a .py file that defines CONFIG, a .json file, or the
@@ -192,6 +196,57 @@ class Ablate:
 
 
 @dataclass(frozen=True)
+class BenchSchedules:
+    """Compares schedules, grids and samplers at equal numbers of network calls.
+
+    Writes bench.csv, tables and figures; what is in bench.csv is not computed again.
+
+    Attributes:
+      out: folder for everything.
+      schedules, grids, samplers, nfe: replace these axes of every study, the names as in
+        SCHEDULES, TIMESTEPS and SAMPLERS, nfe the numbers of network calls.
+      runs: working directories of trained runs to be compared in place of the exact denoiser,
+        by Fréchet distance; their parameterizations and loss weights are their own.
+      shown: lines of each printed table.
+    """
+
+    config: Annotated[Benchmark, tyro.conf.arg(name="")]
+    out: Path = Path("runs/bench")
+    schedules: tuple[str, ...] = ()
+    grids: tuple[str, ...] = ()
+    samplers: tuple[str, ...] = ()
+    nfe: tuple[int, ...] = ()
+    runs: Annotated[tuple[Path, ...], tyro.conf.arg(name="run")] = ()
+    shown: int = 10
+
+    def run(self) -> int:
+        from diffusion_jax.commands.bench import bench
+        from diffusion_jax.commands.bench_plan import narrowed
+
+        axes = {name: getattr(self, name) for name in ("schedules", "grids", "samplers", "nfe")}
+        bench(narrowed(self.config, **axes), self.out, self.runs, shown=self.shown)
+        return 0
+
+
+@dataclass(frozen=True)
+class BenchOrder:
+    """Measures the order of convergence of every sampler, in float64 on exact denoisers.
+
+    Exits with 1 if one lies outside of its window.
+
+    Attributes:
+      rows: names of rows; all of the table if empty.
+    """
+
+    rows: tyro.conf.Positional[tuple[str, ...]] = ()
+
+    def run(self) -> int:
+        from diffusion_jax.commands.order import show
+
+        return 0 if show(self.rows) else 1
+
+
+@dataclass(frozen=True)
 class Prepare:
     """Makes a data set ready for training.
 
@@ -283,10 +338,12 @@ def parse(arguments: Sequence[str]) -> Any:
         if rest[:1] != ["prepare"]:
             raise ValueError("expected: diffusion-jax data prepare SET")
         return tyro.cli(Prepare, args=rest[1:], prog="diffusion-jax data prepare")
+    if command == "bench":
+        return _parse_bench(rest)
     if command in PLAIN_COMMANDS:
         return tyro.cli(PLAIN_COMMANDS[command], args=rest, prog=f"diffusion-jax {command}")
     if command not in COMMANDS:
-        known = [*COMMANDS, *PLAIN_COMMANDS, "data"]
+        known = [*COMMANDS, *PLAIN_COMMANDS, "bench", "data"]
         raise ValueError(f"unknown command {command!r}; there are {known}")
     defaults: dict[str, Any] = {}
     if command == "demo":
@@ -321,6 +378,24 @@ def parse(arguments: Sequence[str]) -> Any:
         args=rest,
         default=cls(config=config, **defaults),
         prog=f"diffusion-jax {command} {name}".rstrip(),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def _parse_bench(arguments: Sequence[str]) -> Any:
+    what, *rest = arguments or [""]
+    if what == "order":
+        return tyro.cli(BenchOrder, args=rest, prog="diffusion-jax bench order")
+    if what != "schedules":
+        raise ValueError("expected: diffusion-jax bench schedules, or diffusion-jax bench order")
+    tiny, rest = "--tiny" in rest, [argument for argument in rest if argument != "--tiny"]
+    name, rest = (rest[0], rest[1:]) if rest and rest[0].endswith(".py") else (None, rest)
+    default = BenchSchedules(find_benchmark(name, tiny=tiny))
+    return tyro.cli(
+        BenchSchedules,
+        args=rest,
+        default=default,
+        prog="diffusion-jax bench schedules",
         config=(tyro.conf.AvoidSubcommands,),
     )
 
