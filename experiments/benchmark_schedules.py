@@ -18,7 +18,7 @@ CONFIG = Benchmark(
     studies=(
         Study(samplers=("ddim", "dpm_solver_pp_2m"), nfe=(10, 20, 50)),
         Study(schedules=("linear",), grids=("trailing", "karras")),
-        Study(schedules=("edm",), grids=("karras",)),
+        Study(schedules=("edm",), grids=("karras",), nfe=(10, 20, 50)),
     )
 )
 

@@ -25,7 +25,7 @@ LABELS = {
     "frechet_train": "Fréchet distance to training data",
 }
 # More panels than these would be too small to read.
-MAX_COLUMNS = 4
+MAX_COLUMNS = 6
 
 
 def style(index: int) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def _curve(ax: Any, found: Sequence[Line], score: str, look: Mapping[str, Any]) 
     ax.plot(nfe, mean, **look)
     # A logarithmic axis has no place for what is below 0.
     ax.fill_between(
-        nfe, np.maximum(mean - half, mean / 10), mean + half, color=look["color"], alpha=0.15, lw=0
+        nfe, np.maximum(mean - half, mean / 10), mean + half, color=look["color"], alpha=0.1, lw=0
     )
 
 
@@ -73,6 +73,23 @@ def _bounds(found: Sequence[Line], score: str, floor: Score | None) -> tuple[flo
     means = means[np.isfinite(means) & (means > 0)]
     low = min(means.min(), floor.mean if floor else np.inf)
     return 0.7 * low, 1.4 * max(np.quantile(means, 0.97), 1.01 * low)
+
+
+def _looks(
+    found: Sequence[Line],
+    score: str,
+    name_of: Callable[[Line], str],
+    before: dict[str, dict[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """How each curve looks: as in the row above if that has the same names, else in the order of
+    the curves' ends, so that the list beside the panels reads like them from top to bottom."""
+    names = {name_of(line) for line in found}
+    if names == set(before):
+        return before
+    last = {name_of(line): line for line in sorted(found, key=lambda line: line.nfe_asked)}
+    ends = {name: line.scores[score].mean for name, line in last.items()}
+    ordered = sorted(names, key=lambda name: (-ends[name], name))
+    return {name: style(index) for index, name in enumerate(ordered)}
 
 
 Panel = tuple[str, Callable[[Line], bool]]
@@ -96,34 +113,24 @@ def _panels(
       name_of: what a curve is called; the same name has the same look in a row.
     """
     plt = pyplot()
+    from matplotlib import ticker
+
     figure, axes = plt.subplots(
         len(rows),
         len(columns),
-        figsize=(3.1 * len(columns) + 2.6, 3.3 * len(rows) + 0.4),
+        figsize=((3.1 if len(columns) < 5 else 2.5) * len(columns) + 2.6, 3.3 * len(rows) + 0.4),
         sharex=True,
         sharey="row",
         squeeze=False,
         layout="constrained",
     )
     ticks = sorted({line.nfe_asked for line in found})
+    looks: dict[str, dict[str, Any]] = {}
     for row, (row_name, score, in_row) in zip(axes, rows, strict=True):
         here = [line for line in found if in_row(line) and score in line.scores]
         shown = [line for line in here if any(inside(line) for _, inside in columns)]
-        names = list(dict.fromkeys(name_of(line) for line in shown))
-        # The names stand in the order of the curves' ends.
-        last = {
-            name: np.mean(
-                [
-                    s.scores[score].mean
-                    for s in shown
-                    if name_of(s) == name and s.nfe_asked == ticks[-1]
-                ]
-                or [np.inf]
-            )
-            for name in names
-        }
-        names.sort(key=lambda name: -last[name])
-        looks = {name: style(index) for index, name in enumerate(names)}
+        looks = _looks(shown, score, name_of, looks)
+        names = list(looks)
         floor = floors.get(score)
         for ax, (column_name, inside) in zip(row, columns, strict=True):
             for name in names:
@@ -136,7 +143,11 @@ def _panels(
                 ax.set_title(column_name, fontsize=10)
             if ax in axes[-1]:
                 ax.set_xlabel("network calls")
-        row[0].set_ylim(*_bounds(shown, score, floor))
+        low, high = _bounds(shown, score, floor)
+        row[0].set_ylim(low, high)
+        if high < 100 * low:
+            row[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+            row[0].yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
         label = LABELS.get(score, score)
         row[0].set_ylabel(f"{row_name}\n{label}" if row_name else label, fontsize=9)
         handles = [plt.Line2D([], [], **looks[name]) for name in names]
@@ -273,7 +284,7 @@ def log_snr_density(
     figure, axes = plt.subplots(
         len(schedules),
         1,
-        figsize=(8.0, 0.62 * len(schedules) + 1.3),
+        figsize=(9.5, (0.5 + 0.06 * len(grids)) * len(schedules) + 1.4),
         sharex=True,
         squeeze=False,
         layout="constrained",
@@ -298,14 +309,18 @@ def log_snr_density(
         ax.set_ylim(-0.16 * (len(grids) + 0.8), 1.08)
         ax.set_yticks([])
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-        for side in ("top", "right", "left"):
+        for side in ("top", "right", "left", "bottom"):
             ax.spines[side].set_visible(False)
+        ax.tick_params(bottom=False)
+        ax.grid(True, axis="x", color="0.92", lw=0.7)
+        ax.set_axisbelow(True)
+    axes[-1, 0].tick_params(bottom=True)
     axes[-1, 0].set_xlim(high, low)
     axes[-1, 0].set_xlabel("log-SNR, log(α² / σ²); noise to the right")
     handles = [plt.Rectangle((0, 0), 1, 1, color="0.8")] + [
         plt.Line2D([], [], ls="", ms=5, **_mark(index)) for index in range(len(grids))
     ]
     names = ["training times", *(f"{grid}, {num_steps} steps" for grid in grids)]
-    figure.legend(handles, names, loc="outside upper center", ncols=5, fontsize=9, frameon=False)
+    figure.legend(handles, names, loc="outside upper center", ncols=4, fontsize=9, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
