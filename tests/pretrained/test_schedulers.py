@@ -83,7 +83,7 @@ def test_a_published_configuration_with_private_keys_is_read():
         ({"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid'.*'squaredcos_cap_v2'"),
         ({"prediction_type": "score"}, "prediction_type = 'score'.*'epsilon'"),
         ({"solver_order": 4}, "solver_order = 4.*1, 2, 3"),
-        ({"solver_order": True}, "solver_order = True"),
+        ({"solver_order": True}, "solver_order .*must be a number, got True"),
         ({"algorithm_type": "dpmsolver"}, "final_sigmas_type = 'zero'.*'sigma_min'"),
         ({"use_karras_sigmas": True, "use_lu_lambdas": True}, "karras.*lu"),
         ({"use_flow_sigmas": True, "prediction_type": "v_prediction"}, "flow_prediction"),
@@ -91,6 +91,7 @@ def test_a_published_configuration_with_private_keys_is_read():
         ({"trained_betas": [0.1, 0.2]}, "trained_betas.*1000"),
         ({"thresholding": "yes"}, "thresholding = 'yes'.*True or False"),
         ({"timestep_spacing": "karras"}, "timestep_spacing = 'karras'.*'leading'"),
+        ({"beta_end": "0.02"}, "beta_end .*must be a number, got '0.02'"),
     ],
 )
 def test_what_is_not_supported_is_named(options, said):
@@ -283,6 +284,17 @@ def test_log_linear_ratios_have_one_more_than_steps():
     # The last step ends at the table's least ratio; the final 0 belongs to no step.
     least = ScaledLinear()(0.0)
     np.testing.assert_allclose(grid.next_level(5).alpha, least.alpha, rtol=1e-5)
+
+
+def test_respacing_of_log_linear_ratios_spans_the_table():
+    """The times that it is spaced from are left aside: its own ratios reach both ends."""
+    made = scheduler(
+        "EulerDiscrete", **SD, interpolation_type="log_linear", use_karras_sigmas=True,
+        timestep_spacing="leading",
+    )  # fmt: skip
+    ratios = made.steps.published(made.schedule, 5).sigmas
+    table = ratios32(ScaledLinear())
+    np.testing.assert_allclose(ratios[[0, 4, 5]], [table[-1], table[0], 0.0], rtol=1e-6)
 
 
 def test_middles_lie_at_the_exact_time_of_the_geometric_mean():

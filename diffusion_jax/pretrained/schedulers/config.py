@@ -117,12 +117,19 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(each) for each in value) if isinstance(value, list | tuple) else value
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _filled(what: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(given) - set(defaults))
     if unknown:
         raise ValueError(
             f"{what} has no {', '.join(unknown)}; it has {', '.join(sorted(defaults)) or 'none'}"
         )
+    for name, value in given.items():
+        if _is_number(defaults[name]) and not _is_number(value):
+            raise ValueError(f"{name} of {what} must be a number, got {value!r}")
     return {name: _frozen(given.get(name, default)) for name, default in defaults.items()}
 
 

@@ -131,6 +131,7 @@ def _exponential_betas(total: int) -> Betas:
 def schedule_of(
     o: Options, named: Sequence[str] = COMMON_BETAS, *, last: float = 0.0
 ) -> DiscreteSchedule:
+    """The schedule of the β that the options name; `last` is where zero terminal SNR ends."""
     total, start, end = o["num_train_timesteps"], o["beta_start"], o["beta_end"]
     name, trained = o.choice("beta_schedule", named), o["trained_betas"]
     if trained is not None:
@@ -151,16 +152,19 @@ def schedule_of(
 
 
 def prediction_of(o: Options, allowed: Sequence[str] = THREE_PREDICTIONS) -> Parameterization:
+    """The parameterization that prediction_type names."""
     return PREDICTIONS[o.choice("prediction_type", allowed)]()
 
 
 def dynamic_threshold(o: Options) -> Threshold | None:
+    """Dynamic thresholding, or None where it is off."""
     on = o.flag("thresholding")
     ratio, largest = o["dynamic_thresholding_ratio"], o["sample_max_value"]
     return DynamicThreshold(100.0 * ratio, float(largest)) if on else None
 
 
 def threshold_of(o: Options) -> Threshold:
+    """Thresholding, which goes before clipping."""
     dynamic = dynamic_threshold(o) if "thresholding" in o.values else None
     clip, limit = o.flag("clip_sample"), o["clip_sample_range"]
     if dynamic is not None:
@@ -176,6 +180,7 @@ def noise_source(o: Options, threshold: Threshold) -> str:
 def respacing_of(
     o: Options, kinds: Sequence[str] = ("karras", "exponential", "beta")
 ) -> str | None:
+    """Which of the respacings is switched on, or None."""
     names = {"lu": "use_lu_lambdas"}
     chosen = [kind for kind in kinds if o.flag(names.get(kind, f"use_{kind}_sigmas"))]
     if len(chosen) > 1:
@@ -184,6 +189,7 @@ def respacing_of(
 
 
 def spacing_of(o: Options) -> dict[str, Any]:
+    """The fields of steps that timestep_spacing and steps_offset stand for."""
     return {"spacing": o.choice("timestep_spacing", SPACINGS), "offset": o["steps_offset"]}
 
 
@@ -207,6 +213,7 @@ CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0}
 
 
 def dynamic_shift(o: Options) -> str | None:
+    """The kind of shift by μ, or None where it is off."""
     kind = o.choice("time_shift_type", ("exponential", "linear"))
     return kind if o.flag("use_dynamic_shifting") else None
 
@@ -220,6 +227,7 @@ def solver_names(o: Options, algorithms: Sequence[str], stand_ins: Sequence[str]
 
 
 def final_sigma(o: Options, algorithm: str) -> str:
+    """Where the last step ends; solvers for ε̂ cannot go to clean data."""
     final = o.choice("final_sigmas_type", ("zero", "sigma_min"))
     if final == "zero" and not algorithm.endswith("++"):
         raise o.refuse("final_sigmas_type", f"'sigma_min' with algorithm_type {algorithm!r}")
@@ -227,6 +235,7 @@ def final_sigma(o: Options, algorithm: str) -> str:
 
 
 def churned(o: Options, parameterization: Parameterization) -> Sampler:
+    """Euler's method, with churn where it is asked for."""
     churn = {name: o.call[name] for name in CHURN}
     if churn["s_churn"] == 0.0:
         return Euler()

@@ -25,7 +25,11 @@ from diffusion_jax.pretrained.schedulers.options import (
     spacing_of,
     threshold_of,
 )
-from diffusion_jax.pretrained.schedulers.ratio_steps import LEAST_ALPHAS_CUMPROD, RatioSteps
+from diffusion_jax.pretrained.schedulers.ratio_steps import (
+    LEAST_ALPHAS_CUMPROD,
+    RatioSteps,
+    ratios32,
+)
 from diffusion_jax.samplers.ancestral import EulerAncestral, KDPM2Ancestral
 from diffusion_jax.samplers.base import Sampler
 from diffusion_jax.samplers.dpm_sde import DPMSolverSDE
@@ -60,20 +64,19 @@ def _euler(o: Options) -> dict[str, Any]:
     respacing = respacing_of(o)
     interpolation = o.choice("interpolation_type", ("linear", "log_linear"))
     continuous = o.choice("timestep_type", ("discrete", "continuous")) == "continuous"
-    if interpolation == "log_linear" and respacing is None:
-        respacing = "log_linear"
-    elif interpolation == "log_linear" and None in (o["sigma_min"], o["sigma_max"]):
-        raise o.refuse(
-            "interpolation_type", f"'linear' with {respacing} sigmas of the table's ends"
-        )
+    low, high = o["sigma_min"], o["sigma_max"]
+    if interpolation == "log_linear":
+        table = ratios32(schedule_of(o, last=LEAST_ALPHAS_CUMPROD))
+        low, high = float(table[0]) if low is None else low, high or float(table[-1])
+        respacing = respacing or "log_linear"
     parts = _exploding(
         o,
         churned(o, named),
         (*THREE_PREDICTIONS, "original_sample"),
         respacing=respacing,
         final=o.choice("final_sigmas_type", ("zero", "sigma_min")),
-        sigma_min=o["sigma_min"],
-        sigma_max=o["sigma_max"],
+        sigma_min=low,
+        sigma_max=high,
         custom=("timesteps", "sigmas"),
     )
     tells_sigma = continuous and kind == "v_prediction"

@@ -36,6 +36,18 @@ class Published(NamedTuple):
 class ReferenceSteps(Protocol):
     """The steps of a diffusers scheduler: frozen options, and the grid that they make."""
 
+    def published(
+        self,
+        schedule: NoiseSchedule,
+        num_steps: int | None = None,
+        *,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> Published:
+        """What the scheduler shows after `set_timesteps` with these arguments."""
+        ...
+
     def grid(
         self,
         schedule: NoiseSchedule,
@@ -60,14 +72,19 @@ def refuse(steps: "ReferenceSteps", **given: object) -> None:
 def count_steps(
     num_steps: int | None, given: Sequence[float] | None, *, most: int | None = None
 ) -> int:
+    """How many steps are asked for, by their number or one by one.
+
+    Raises:
+      ValueError: if both or neither are given, or there are more than `most`.
+    """
     if (num_steps is None) == (given is None):
         raise ValueError(
             "give either num_steps or the timesteps (or sigmas) themselves, got num_steps = "
             f"{num_steps} and {given}"
         )
-    count = num_steps if given is None else len(given)
-    check_num_steps(count, most if most is not None else max(1, int(count)))
-    return count
+    count = len(given) if num_steps is None and given is not None else num_steps
+    check_num_steps(count, max(1, int(count)) if most is None else most)
+    return int(count)
 
 
 def make_grid(
@@ -342,7 +359,8 @@ class RepaintSteps:
         refuse(self, timesteps=timesteps, sigmas=sigmas, mu=mu)
         count = min(count_steps(num_steps, None), schedule.num_timesteps)
         index = np.arange(count, -1.0, -1.0)
-        plain = make_grid(*(NoiseLevel(t, 0.5, 0.5) for t in (index[:-1], index[1:])), count)
+        here, there = (NoiseLevel(t, 0.5, 0.5) for t in (index[:-1], index[1:]))
+        plain = make_grid(here, there, count)
         path = jumps(plain, jump_length=self.jump_length, num_resamples=self.jump_n_sample)
         rows = np.asarray(path.levels.t, np.float64)[:-1] - 1.0
         return Published(rows * (schedule.num_timesteps // count))
