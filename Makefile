@@ -4,13 +4,14 @@
 #   make test                  runs every test
 #   make check                 lint, types and the fast tests
 #   make parity PARITY=folder  compares with reference cases in a folder
+#   make bench                 compares every schedule and sampler on an exact denoiser
 #   make proofs                every proof; make proof-NAME one of them, SEED=n another seed
 #   make ablate-NAME           a proof and its retrained controls with three seeds
 #   make clean                 removes .venv and everything built
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=folder another environment, WORKERS=4 the
 # processes that run tests, ARGS="…" adds arguments to the command of `demo`, `test`, `parity`,
-# `proof-…`, `ablate-…`.
+# `bench`, `proof-…`, `ablate-…`.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +27,7 @@ TEST_READY := $(VENV)/.diffusion_jax-test
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check parity proofs clean
+.PHONY: help demo test check parity bench proofs clean
 
 PROOFS := ddpm classifier_guidance classifier_free
 RESULTS := --results experiments/RESULTS.md
@@ -50,6 +51,10 @@ parity: $(TEST_READY)
 	@test -n "$(PARITY)" || { echo "make parity needs a folder of reference cases:" \
 		"make parity PARITY=folder"; exit 2; }
 	$(BIN)/python -m tests.parity "$(PARITY)" $(ARGS)
+
+bench: $(DEMO_READY)
+	$(BIN)/diffusion-jax bench order
+	$(BIN)/diffusion-jax bench schedules $(ARGS)
 
 proofs: $(PROOFS:%=proof-%)
 

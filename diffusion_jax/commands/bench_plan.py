@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 
 from diffusion_jax.core.schedules import SCHEDULES, NoiseSchedule, ShiftedLogSNR
 from diffusion_jax.core.timesteps import TIMESTEPS
-from diffusion_jax.samplers import DDIM, DDPM, SAMPLERS, DPMSolverMultistep
+from diffusion_jax.samplers import (
+    DDIM,
+    DDPM,
+    SAMPLERS,
+    DPMSolverMultistep,
+    EulerChurn,
+    HeunChurn,
+    UniPC,
+)
 
 # Rows of the tables that say nothing without more input, and why.
 LEFT_OUT = {
@@ -26,19 +34,16 @@ BENCH_SCHEDULES: dict[str, NoiseSchedule] = {
 }
 
 
-def _churned() -> dict[str, Any]:
-    """EDM's samplers, which without churn would be Euler's and Heun's."""
-    names = [name for name in ("euler_churn", "heun_churn") if name in SAMPLERS]
-    return {name: SAMPLERS[name](s_churn=10.0) for name in names}
-
-
 # Every row of SAMPLERS as it stands, and what options make of some.
 BENCH_SAMPLERS: dict[str, Any] = {
     **{name: make() for name, make in SAMPLERS.items() if name not in LEFT_OUT},
-    **_churned(),
+    # Without churn these would be Euler's and Heun's methods.
+    "euler_churn": EulerChurn(s_churn=10.0),
+    "heun_churn": HeunChurn(s_churn=10.0),
     "ddpm_small": DDPM("small"),
     "ddim_eta_1": DDIM(eta=1.0),
     "dpm_solver_pp_3m": DPMSolverMultistep(order=3),
+    "unipc_3": UniPC(order=3),
     "dpm_solver_pp_2m_sde": DPMSolverMultistep(algorithm="sde-dpmsolver++"),
 }
 

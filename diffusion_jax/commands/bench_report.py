@@ -75,8 +75,9 @@ def lines(rows: Rows, scores: Iterable[str]) -> list[Line]:
             for name in scores
             if all(row[name] for row in group)
         }
-        names, numbers = key[: len(_NAMES)], [int(v) for v in key[len(_NAMES) :]]
-        found.append(Line(*names, *numbers, measured))
+        names = dict(zip(_NAMES, key[: len(_NAMES)], strict=True))
+        numbers = dict(zip(_NUMBERS, map(int, key[len(_NAMES) :]), strict=True))
+        found.append(Line(**names, **numbers, scores=measured))
     return found
 
 
@@ -97,7 +98,7 @@ def table(found: Sequence[Line], *, by: str, shown: int | None = None) -> str:
       shown: lines in each table; all of them if None.
     """
     found = [line for line in found if by in line.scores]
-    columns = dict.fromkeys(name for line in found for name in line.scores)
+    columns = dict.fromkeys([by, *(name for line in found for name in line.scores)])
     named = [name for name in _NAMES if any(getattr(line, name) for line in found)]
     width = {
         name: max([len(name), *(len(getattr(line, name)) for line in found)]) for name in named

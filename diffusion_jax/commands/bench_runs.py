@@ -47,7 +47,7 @@ class _Evaluations:
         calls = []
 
         def count(call, args, kwargs, context):
-            x = args[0] if args else None
+            x = args[0] if args and context.method_name == "__call__" else None
             if not context.module.path and getattr(x, "shape", ())[1:] == self.shape:
                 # Two guided halves in one batch are two calls.
                 calls.append(x.shape[0] / state.x.shape[0])

@@ -216,7 +216,7 @@ def exact_flow(
         u = np.asarray(_flow(mixture, *args, num_steps=num_steps))
     if next_sigma == 0.0:
         last = NoiseLevel(np.asarray(end), np.asarray(1.0), np.asarray(end))
-        return next_alpha * mixture.x0(u, last)
+        return next_alpha * np.asarray(mixture.x0(u, last))
     if next_alpha == 0.0:
         return (u - mixture.mean()) * (next_sigma / _NO_SIGNAL)
     return next_alpha * u
