@@ -61,11 +61,23 @@ def test_recorded_configurations_come_back(name):
     assert from_config(written) == first
 
 
+def test_options_that_another_class_left_behind_say_nothing():
+    """SDXL's file names its Euler scheduler and keeps options of the PNDM that it was made of."""
+    left = {"clip_sample": True, "sample_max_value": 1.0, "skip_prk_steps": True}
+    config = {"_class_name": "EulerDiscreteScheduler", **SD, "steps_offset": 1, **left}
+    made, plain = from_config(config), scheduler("EulerDiscrete", **SD, steps_offset=1)
+    assert (made.threshold, made.sampler) == (plain.threshold, plain.sampler)
+    assert left.items() <= to_config(made).items()
+    assert from_config(to_config(made)) == made
+    with pytest.raises(ValueError, match="clip_smaple"):
+        from_config({**config, "clip_smaple": True})
+
+
 def test_a_published_configuration_with_private_keys_is_read():
     """Stable Diffusion's own file, with what diffusers writes beside the options."""
     made = scheduler(
         "PNDM", **SD, num_train_timesteps=1000, set_alpha_to_one=False, skip_prk_steps=True,
-        steps_offset=1, trained_betas=None, _diffusers_version="0.7.0.dev0",
+        steps_offset=1, trained_betas=None, clip_sample=False, _diffusers_version="0.7.0.dev0",
         _use_default_values=["timestep_spacing"],
     )  # fmt: skip
     assert made.schedule == ScaledLinear()

@@ -27,6 +27,7 @@ from diffusion_jax.samplers.base import Sampler, fit_grid
 PRIVATE = ("_class_name", "_diffusers_version", "_use_default_values")
 
 CLASSES: dict[str, Kind] = {**CHAINS, **RATIOS, **SOLVERS, **CONTINUOUS}
+_OPTIONS_OF_ANY = frozenset(name for kind in CLASSES.values() for name in kind.defaults)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Scheduler:
 
     Attributes:
       class_name: the class in diffusers.
-      options: every option of the class with its value, defaults filled in.
+      options: every option of the class with its value, defaults filled in, and what the config
+        has of other classes' options, which say nothing here.
       call: arguments of diffusers' `set_timesteps` and `step` that were given and that no
         config holds, such as eta.
       schedule: of training.
@@ -138,6 +140,8 @@ def from_config(config: Mapping[str, Any], **call: Any) -> Scheduler:
 
     Args:
       config: the file's content. Options that it does not have stand at diffusers' defaults.
+        Options of other classes alone say nothing about this one, in diffusers neither: released
+        files have them where a scheduler took another's place. They are kept for `to_config`.
       call: arguments of diffusers' `step` and `set_timesteps` that change what is computed and are
         no numbers of steps, times or noise levels, such as eta, s_churn or jump_length;
         CLASSES[name].call lists them. UnCLIP's prev_timestep is "next" for the next time of the
@@ -151,8 +155,10 @@ def from_config(config: Mapping[str, Any], **call: Any) -> Scheduler:
         raise ValueError(
             f"_class_name = {name!r} is not supported; expected one of {list(CLASSES)}"
         )
-    given = {key: value for key, value in config.items() if key not in PRIVATE}
     kind = CLASSES[name]
+    given = {key: value for key, value in config.items() if key not in PRIVATE}
+    others = _OPTIONS_OF_ANY - set(kind.defaults)
+    foreign = {key: _frozen(given.pop(key)) for key in list(given) if key in others}
     options = _filled(name, given, kind.defaults)
     arguments = _filled(f"a call of {name}", call, kind.call)
     reader = Options(name, options, arguments, kind.defaults)
@@ -164,7 +170,8 @@ def from_config(config: Mapping[str, Any], **call: Any) -> Scheduler:
     if left:
         raise AssertionError(f"{name} reads nothing from {', '.join(sorted(left))}")
     changed = {k: v for k, v in arguments.items() if v != kind.call[k]}
-    return Scheduler(name, tuple(options.items()), tuple(changed.items()), **parts)
+    written = tuple({**options, **foreign}.items())
+    return Scheduler(name, written, tuple(changed.items()), **parts)
 
 
 def beta_schedule(scheduler: Scheduler) -> DiscreteSchedule:
@@ -175,12 +182,11 @@ def beta_schedule(scheduler: Scheduler) -> DiscreteSchedule:
     """
     if isinstance(scheduler.schedule, DiscreteSchedule):
         return scheduler.schedule
-    options = dict(scheduler.options)
+    defaults = CLASSES[scheduler.class_name].defaults
+    options = {key: value for key, value in scheduler.options if key in defaults}
     if "beta_schedule" not in options:
         raise ValueError(f"{scheduler.class_name} has no table of β")
-    return schedule_of(
-        Options(scheduler.class_name, options, {}, CLASSES[scheduler.class_name].defaults)
-    )
+    return schedule_of(Options(scheduler.class_name, options, {}, defaults))
 
 
 def to_config(scheduler: Scheduler) -> dict[str, Any]:
