@@ -14,15 +14,18 @@ _LEAST_VARIANCE = 1e-20
 _VARIANTS = ("exact", "unclip")
 
 
+def _rounded(rate: Array) -> Array:
+    """The square of a rate at float32's resolution near 1, multiples of 2^-24."""
+    return jnp.round(rate**2 * 2.0**24) / 2.0**24
+
+
 def _rounded_posterior_mean(
     x: Array, x0: Array, level: NoiseLevel, next_level: NoiseLevel
 ) -> Array:
-    """Mean of q(x_s | x_t, x0) with σ² rounded to multiples of 2^-24, but β = σ²_{t|s} precise."""
+    """Mean of q(x_s | x_t, x0) with σ² and α²_{t|s} rounded, but β = σ²_{t|s} precise."""
     alpha, std = transition(level, next_level)
-    variance, next_variance = (
-        jnp.round(rates.sigma**2 * 2.0**24) / 2.0**24 for rates in (level, next_level)
-    )
-    towards_x = per_example(alpha * next_variance / variance, x)
+    variance, next_variance = _rounded(level.sigma), _rounded(next_level.sigma)
+    towards_x = per_example(jnp.sqrt(_rounded(alpha)) * next_variance / variance, x)
     return towards_x * x + per_example(next_level.alpha * std**2 / variance, x) * x0
 
 
@@ -42,7 +45,7 @@ class DDPM:
       noise_at_end: add noise in the step to sigma = 0 too, with β̃ = 1e-20 there, unless it starts
         at t = 0. It spoils the picture; diffusers does so.
       variant: "exact", or "unclip" for the mean of diffusers' UnCLIPScheduler, which divides a
-        precise β by a σ² = 1 - ᾱ that float32 has rounded to multiples of 2^-24. Its last step
+        precise β by a σ² = 1 - ᾱ that float32 has rounded to multiples of 2^-24, as it has α²_{t|s}. Its last step
         returns x̂0 times a number that is off by up to a thousandth.
 
     Raises:

@@ -28,8 +28,8 @@ and `Scheduler.grid` takes numbers of steps, timesteps, sigmas and mu.
 
 "All" means every value with which diffusers 0.42.1 gives a finite sample. Combinations in which it
 ignores a switch are refused. Options that it stores for others to read, and those of other classes
-that released files have left in, are kept and say nothing. Every other class (SASolver, CogVideoX's,
-VQDiffusion, ScoreSdeVe, Amused, …) is refused by name.
+that released files have left in, are kept and say nothing. Every other class (SASolver,
+CogVideoX's, VQDiffusion, ScoreSdeVe, Amused, …) is refused by name.
 
 Samplers are the variants that give diffusers' numbers, its mistakes included: noise in DDPM's last
 step, churn after the network's call, third orders that are of second. For better samples from the
