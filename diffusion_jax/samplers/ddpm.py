@@ -45,8 +45,8 @@ class DDPM:
       noise_at_end: add noise in the step to sigma = 0 too, with β̃ = 1e-20 there, unless it starts
         at t = 0. It spoils the picture; diffusers does so.
       variant: "exact", or "unclip" for the mean of diffusers' UnCLIPScheduler, which divides a
-        precise β by a σ² = 1 - ᾱ that float32 has rounded to multiples of 2^-24, as it has α²_{t|s}. Its last step
-        returns x̂0 times a number that is off by up to a thousandth.
+        precise β by a σ² = 1 - ᾱ that float32 has rounded to multiples of 2^-24, as it has
+        α²_{t|s}. Its last step returns x̂0 times a number that is off by up to a thousandth.
 
     Raises:
       ValueError: if the variance or the variant is unknown, if `fraction` is missing or given in
