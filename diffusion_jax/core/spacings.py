@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.core.grid import Grid, check_num_steps, from_levels, from_times
+from diffusion_jax.core.ratios import level_of_ratio
 from diffusion_jax.core.schedules import NoiseSchedule
-from diffusion_jax.core.types import Array, NoiseLevel
+from diffusion_jax.core.types import Array
 
 BETA_VALUES = ("time", "ratio")
 
@@ -62,9 +63,7 @@ def _ends(
 def _grid(
     schedule: NoiseSchedule, ratios: Array, *, round_t: bool, final: str, max_steps: int
 ) -> Grid:
-    grid = from_times(
-        schedule, schedule.inverse(-2.0 * np.log(ratios)), final=final, max_steps=max_steps
-    )
+    grid = from_sigmas(schedule, ratios, final=final, max_steps=max_steps)
     if round_t:
         told = rounded_times(schedule, np.asarray(grid.levels.t))
         grid = grid._replace(levels=grid.levels._replace(t=jnp.asarray(told)))
@@ -294,20 +293,12 @@ def from_sigmas(
         raise ValueError(
             f"final must be 'clean', 't_min' or a ratio in [0, {sigmas[-1]}), got {final}"
         )
-    levels = _of_ratios(schedule, sigmas)
+    levels = level_of_ratio(schedule, sigmas)
     if times is not None:
         levels = levels._replace(t=np.asarray(times, np.float64))
-    end = final if isinstance(final, str) else _of_ratios(schedule, np.asarray(float(final)))
+    end = "clean" if final == 0.0 else final
+    end = end if isinstance(end, str) else level_of_ratio(schedule, np.asarray(float(end)))
     return from_levels(schedule, levels, final=end, max_steps=max_steps)
-
-
-def _of_ratios(schedule: NoiseSchedule, ratios: np.ndarray) -> NoiseLevel:
-    with np.errstate(divide="ignore"):
-        t = schedule.inverse(-2.0 * np.log(ratios))
-    told, alpha, sigma = schedule(t)
-    # On the schedule's path, but with exactly this ratio.
-    scale = np.sqrt((alpha**2 + sigma**2) / (1.0 + ratios**2))
-    return NoiseLevel(told, scale, scale * ratios)
 
 
 def log_linear(

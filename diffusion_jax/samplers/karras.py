@@ -11,7 +11,8 @@ from diffusion_jax.core.arrays import per_image_normal
 from diffusion_jax.core.forward import transition
 from diffusion_jax.core.grid import Grid
 from diffusion_jax.core.parameterization import Parameterization, V
-from diffusion_jax.core.schedules import EDM, NoiseSchedule
+from diffusion_jax.core.ratios import level_of_ratio
+from diffusion_jax.core.schedules import NoiseSchedule
 from diffusion_jax.core.types import Array, Key, NoiseLevel
 from diffusion_jax.samplers.base import Denoise, SamplerState, StepInfo, need_middle, noise_from_x0
 
@@ -81,17 +82,6 @@ class Heun:
         return SamplerState(jax.lax.cond(can_correct, corrected, lambda x: x, euler))
 
 
-def _level_of_ratio(schedule: NoiseSchedule, ratio: Array) -> NoiseLevel:
-    """The level of the path with a given σ/α, told the nearest time that the schedule has."""
-    if isinstance(schedule, EDM):
-        # Its network is told σ itself, beyond σ_max too.
-        return NoiseLevel(ratio, jnp.ones_like(ratio), ratio)
-    t, alpha, sigma = schedule(schedule.inverse(-2.0 * jnp.log(ratio)))
-    # Exactly the ratio, and on the path of a schedule that preserves variance wherever it ends.
-    scale = jnp.sqrt((alpha**2 + sigma**2) / (1.0 + ratio**2))
-    return NoiseLevel(t, scale, scale * ratio)
-
-
 @struct.dataclass
 class Churn:
     """What EDM's stochastic samplers share: before each step noise is added again.
@@ -136,7 +126,7 @@ class Churn:
         ratio = jnp.where(finite, here.sigma, 1.0) / jnp.where(finite, here.alpha, 1.0)
         gamma = jnp.minimum(self.s_churn / jnp.asarray(grid.stop), math.sqrt(2.0) - 1.0)
         churned = finite & (gamma > 0) & (ratio >= self.s_tmin) & (ratio <= self.s_tmax)
-        level = _level_of_ratio(schedule, ratio * (1.0 + gamma))
+        level = level_of_ratio(schedule, ratio * (1.0 + gamma))
         fields = zip(level, here, strict=True)
         return NoiseLevel(*(jnp.where(churned, there, field) for there, field in fields))
 

@@ -1,5 +1,7 @@
 """Spacings of noise-to-signal ratios and shifts of flow times: closed forms, scipy, refusals."""
 
+import functools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -13,7 +15,7 @@ from diffusion_jax.core.shifts import (
     stretch_to_terminal,
 )
 from diffusion_jax.core.spacings import beta, beta_quantiles, exponential, from_sigmas, log_linear
-from diffusion_jax.core.timesteps import Steps, from_times
+from diffusion_jax.core.timesteps import Steps, from_times, karras
 
 
 def ratios(grid):
@@ -89,6 +91,35 @@ def test_explicit_ratios_beyond_a_table_that_ends_without_signal():
     np.testing.assert_allclose(
         grid.levels.alpha[:2] ** 2 + grid.levels.sigma[:2] ** 2, 1.0, rtol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda *args, **options: karras(*args, **options, round_t=True),
+        exponential,
+        functools.partial(beta, of="ratio"),
+    ],
+    ids=["karras", "exponential", "beta"],
+)
+def test_spacings_meet_their_ratios_beyond_a_table_that_ends_without_signal(make):
+    """The last finite ratio of the table is about 4096; a first level beyond has signal left."""
+    grid = make(ZeroSNR(1000, ScaledLinear()), 5, sigma_min=0.5, sigma_max=23109.0, max_steps=6)
+    np.testing.assert_allclose(ratios(grid)[[0, 4]], [23109.0, 0.5], rtol=1e-6)
+    assert float(grid.levels.alpha[0]) > 0.0
+    np.testing.assert_allclose(
+        grid.levels.alpha[:5] ** 2 + grid.levels.sigma[:5] ** 2, 1.0, rtol=1e-6
+    )
+    assert 998.0 <= float(grid.levels.t[0]) <= 999.0
+
+
+def test_a_final_ratio_below_the_schedule_lies_on_its_path():
+    """Of straight paths alpha + sigma is 1 there too, and 0 is clean data."""
+    low = from_sigmas(FlowMatching(t_min=0.1), [3.0, 0.7], final=0.04, max_steps=3)
+    np.testing.assert_allclose(low.levels.alpha[2:] + low.levels.sigma[2:], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(ratios(low)[-1], 0.04, rtol=1e-6)
+    clean = from_sigmas(FlowMatching(t_min=0.1), [3.0, 0.7], final=0.0, max_steps=3)
+    assert (float(clean.levels.alpha[2]), float(clean.levels.sigma[2])) == (1.0, 0.0)
 
 
 def test_shifts_of_flow_times():
