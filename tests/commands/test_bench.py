@@ -66,15 +66,16 @@ def calls_of(sampler, num_steps, schedule, make=trailing):
 @pytest.mark.parametrize(
     "sampler, calls",
     [
-        (DDIM(), lambda n: n),
-        (DPMSolverMultistep(), lambda n: n),
-        (UniPC(), lambda n: n),
-        (Heun(), lambda n: 2 * n - 1),
-        (KDPM2(), lambda n: 2 * n - 1),
-        (PNDM(runge_kutta_start=False), lambda n: n + 1),
-        (PNDM(), lambda n: n + 9),
+        pytest.param(DDIM(), lambda n: n, id="ddim"),
+        pytest.param(Heun(), lambda n: 2 * n - 1, id="heun"),
+        pytest.param(PNDM(), lambda n: n + 9, id="pndm"),
+        pytest.param(DPMSolverMultistep(), lambda n: n, id="2m", marks=pytest.mark.slow),
+        pytest.param(UniPC(), lambda n: n, id="unipc", marks=pytest.mark.slow),
+        pytest.param(KDPM2(), lambda n: 2 * n - 1, id="kdpm2", marks=pytest.mark.slow),
+        pytest.param(
+            PNDM(runge_kutta_start=False), lambda n: n + 1, id="plms", marks=pytest.mark.slow
+        ),
     ],
-    ids=["ddim", "2m", "unipc", "heun", "kdpm2", "plms", "pndm"],
 )
 def test_network_calls_are_the_known_formulas(sampler, calls):
     """N, 2N - 1, PLMS N + 1, PNDM N + 9, counted while the sampler runs."""

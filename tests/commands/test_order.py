@@ -49,6 +49,7 @@ def test_the_affine_map_of_a_trajectory_is_that_of_its_steps(large):
     np.testing.assert_allclose(found, expected_noises, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_deterministic_sampler_has_no_noise_and_the_flow_no_error():
     with jax.enable_x64(True):
         grid = sde_grid(Heun(), 256)
