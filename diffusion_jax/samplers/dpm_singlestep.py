@@ -149,10 +149,11 @@ class DPMSolverSinglestep:
         index, count = info.index - begin, info.stop - begin
         order = index % self.order + 1
         last = (count % self.order == 0) & (index == count - 1) & self.lower_order_final
-        endless = ~jnp.isfinite(exponential.half_log_snr(next_level))
-        order = jnp.where(last | endless, 1, order)
+        end = exponential.half_log_snr(next_level)
+        order = jnp.where(last | ~jnp.isfinite(end), 1, order)
         block = (state.inner_half_log_snr, state.start.half_log_snr)
-        (started,), (_, inner) = exponential.known(block[1:], here), exponential.known(block, here)
+        (started,) = exponential.known(block[1:], here, end)
+        _, inner = exponential.known(block, here, end)
         return jnp.minimum(order, 1 + started + inner)
 
     def _weights(self, state, here, start, next_level, order) -> tuple[Array, Array]:

@@ -104,7 +104,7 @@ class DPMSolverMultistep:
         first = exponential.first_step(self.algorithm, level, next_level)
         x = first.of_x * state.x + first.of_x0 * x0
         if self._corrects_its_start():
-            x = x + first.linear * self._start_error(state, output, here, level)
+            x = x + first.linear * self._start_error(state, output, level, next_level)
         weights = self._weights(state.half_log_snrs, here, next_level, info)
         for weight, earlier in zip(weights, state.outputs, strict=True):
             x = x + weight * (earlier - output)
@@ -118,9 +118,10 @@ class DPMSolverMultistep:
         is_sde = exponential.is_sde(self.algorithm)
         return self.order == 3 and self.variant == "default" and not is_sde
 
-    def _start_error(self, state, output, here, level) -> Array:
+    def _start_error(self, state, output, level, next_level) -> Array:
         """What the trapezoidal rule adds to the step before, if that had no history."""
-        latest, before = exponential.known(state.half_log_snrs, here)
+        here, end = exponential.half_log_snr(level), exponential.half_log_snr(next_level)
+        latest, before = exponential.known(state.half_log_snrs, here, end)
         was_first = latest & ~before
         h = jnp.where(was_first, here - jnp.where(was_first, state.half_log_snrs[0], 0.0), 1.0)
         _, moment = exponential.moments(self.algorithm, h, level, 1)
@@ -137,9 +138,9 @@ class DPMSolverMultistep:
         if self.order == 1:
             return ()
         end = exponential.half_log_snr(next_level)
-        forward = exponential.is_forward(here, end)
-        h = jnp.where(forward, end - here, 1.0)
-        known = [ok & forward for ok in exponential.known(lambdas, here)]
+        finite = exponential.is_finite_step(here, end)
+        h = jnp.where(finite, end - here, 1.0)
+        known = [ok & finite for ok in exponential.known(lambdas, here, end)]
         nodes = exponential.past_nodes(lambdas, here, h, known)
         constant, *moments = exponential.moments(self.algorithm, h, next_level, 2)
         allowed = self._order_at(info)

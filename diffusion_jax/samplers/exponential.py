@@ -183,24 +183,30 @@ def difference_weights(nodes: Sequence[Array], moments: Sequence[Array]) -> tupl
     return tuple(weights)
 
 
-def is_forward(start: Array, end: Array) -> Array:
-    """Whether λ goes from a finite value to a larger finite one: no end of a path, no pause.
+def is_finite_step(start: Array, end: Array) -> Array:
+    """Whether λ goes from a finite value to another one: no end of a path, no pause.
 
     Source: none; a convention of this library.
     """
-    return jnp.isfinite(start) & jnp.isfinite(end) & (end > start)
+    return jnp.isfinite(start) & jnp.isfinite(end) & (start != end)
 
 
-def known(lambdas: Sequence[Array], here: Array) -> tuple[Array, ...]:
-    """Which earlier predictions, the latest first, can be used at λ; [] bool each.
+def known(lambdas: Sequence[Array], here: Array, end: Array) -> tuple[Array, ...]:
+    """Which earlier predictions, the latest first, can be used in a step from λ; [] bool each.
 
-    All back to the first that is missing or was not made at a noisier level than the next.
+    All back to the first that is missing, or from which the next was reached against the
+    direction of this step. So histories serve sampling and encoding, and none survives a jump
+    back to noisier levels.
+
+    Args:
+      here, end: [] λ where the step starts and where it ends, which may be infinite.
 
     Source: none; a convention of this library.
     """
     usable, before = [], here
     for at in lambdas:
-        good = is_forward(at, before)
+        along = jnp.where(end < here, before < at, before > at)
+        good = is_finite_step(at, before) & along
         usable.append(good if not usable else usable[-1] & good)
         before = at
     return tuple(usable)

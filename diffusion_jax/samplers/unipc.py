@@ -129,7 +129,7 @@ class UniPC:
         return UniPCState(
             x + added,
             added,
-            jnp.where(exponential.is_forward(here, here + step), order, 0),
+            jnp.where(exponential.is_finite_step(here, here + step), order, 0),
             (output, *state.outputs)[:past],
             (here, *state.half_log_snrs)[:past],
         )
@@ -139,10 +139,10 @@ class UniPC:
         order = jnp.asarray(self.order, jnp.int32)
         if self.lower_order_final:
             order = jnp.minimum(order, jnp.asarray(info.stop - info.index, jnp.int32))
-        usable = exponential.known(state.half_log_snrs, here)
-        known = 1 + sum(ok.astype(jnp.int32) for ok in usable)
         end = exponential.half_log_snr(next_level)
-        return jnp.where(exponential.is_forward(here, end), jnp.minimum(order, known), 1)
+        usable = exponential.known(state.half_log_snrs, here, end)
+        known = 1 + sum(ok.astype(jnp.int32) for ok in usable)
+        return jnp.where(exponential.is_finite_step(here, end), jnp.minimum(order, known), 1)
 
     def _half_of_b(self, constant, h, next_level) -> Array:
         """B(h)/2 with the gain of the integral, the weight of the two degenerate cases."""
