@@ -1,5 +1,6 @@
 """What every row of SAMPLERS must keep: pure, compiled once, per-image noise, differentiable."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,42 +10,17 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from diffusion_jax.core.arrays import as_arrays, fold_in_each, image_keys
+from diffusion_jax.core.mixture import exact_flow
 from diffusion_jax.core.parameterization import V
 from diffusion_jax.core.schedules import Cosine, ZeroTerminalSNR
 from diffusion_jax.core.timesteps import from_times, leading, trailing
-from diffusion_jax.core.types import Prediction
+from diffusion_jax.core.types import NoiseLevel, Prediction
 from diffusion_jax.guidance import ClassifierFree
-from diffusion_jax.samplers import DDPM, SAMPLERS, StepInfo, fit_grid, initial_noise, sample
+from diffusion_jax.samplers import StepInfo, fit_grid, initial_noise, sample
 from tests.analytic import MIXTURE
 from tests.noise import drawn_by
+from tests.sampler_rows import ROWS, STOCHASTIC
 
-# Rows as they stand in the table, and with options that change what is traced.
-ROWS = {
-    **{name: make() for name, make in SAMPLERS.items()},
-    "ddim_eta": SAMPLERS["ddim"](eta=0.5),
-    "ddpm_learned": DDPM("learned_range"),
-    "dpm_solver_sde_3m": SAMPLERS["dpm_solver_pp_2m"](3, "sde-dpmsolver"),
-    "dpm_solver_sde_3s": SAMPLERS["dpm_solver_singlestep"](3, "sde-dpmsolver++", "heun"),
-    "unipc_3": SAMPLERS["unipc"](3, "bh1", "eps"),
-    "heun_churn_1": SAMPLERS["heun_churn"](s_churn=1.0),
-    "lms_runge_kutta": SAMPLERS["lms"](start="runge_kutta"),
-    "pndm_plms_v": SAMPLERS["pndm"](runge_kutta_start=False, extrapolates="v"),
-}
-STOCHASTIC = {
-    "ddpm",
-    "ddim_eta",
-    "ddpm_learned",
-    "heun_churn_1",
-    "euler_ancestral",
-    "kdpm2_ancestral",
-    "dpm_solver_pp_sde",
-    "dpm_solver_sde_3m",
-    "dpm_solver_sde_3s",
-    "renoise",
-    "lcm",
-    "tcd",
-    "consistency_multistep",
-}
 SCHEDULE = ZeroTerminalSNR(1000, Cosine())
 MAX_STEPS = 8
 SHAPE = (2,)
@@ -124,9 +100,14 @@ def test_only_stochastic_samplers_use_their_keys(name):
     assert np.array_equal(*outs) == (name not in STOCHASTIC)
 
 
+def float_knobs(sampler):
+    values = {field.name: getattr(sampler, field.name) for field in dataclasses.fields(sampler)}
+    return [name for name, value in values.items() if isinstance(value, float)]
+
+
 @every_row
 def test_every_knob_shares_one_compilation(name):
-    """Scale, seed, prompt, start, number and spacing of steps, eta: data, not code."""
+    """Scale, seed, prompt, start, number and spacing of steps, eta, churn: data, not code."""
     run(name)
     before = runner(name).traces
     results = [
@@ -138,8 +119,8 @@ def test_every_knob_shares_one_compilation(name):
         run(name, grid=trailing(SCHEDULE, 6, max_steps=MAX_STEPS).starting_at(3)),
         run(name, grid=leading(SCHEDULE, 5, max_steps=MAX_STEPS, final="t_min")),
     ]
-    if name.startswith("ddim"):
-        results += [run(name, sampler=SAMPLERS["ddim"](eta=eta)) for eta in (1, 0.25)]
+    for knob in float_knobs(ROWS[name]):
+        run(name, sampler=ROWS[name].replace(**{knob: 0.35}))
     assert runner(name).traces == before
     for i, result in enumerate(results):
         assert all(not np.array_equal(result, other) for other in results[:i]), i
@@ -188,6 +169,29 @@ def test_both_ends_of_every_path_are_finite(name):
         result = run(name, num_steps=num_steps)
         assert np.all(np.isfinite(result)) and np.abs(result).max() < 20
     assert np.all(np.isfinite(run(name, grid=leading(SCHEDULE, 1, max_steps=MAX_STEPS))))
+
+
+@functools.cache
+def exact_end(count=64):
+    """Where the flow takes 64 starting points from pure noise to data."""
+    x, _ = inputs(count)
+    start, end = (NoiseLevel(0.0, alpha, sigma) for alpha, sigma in ((0.0, 1.0), (1.0, 0.0)))
+    return x, exact_flow(MIXTURE, np.asarray(x), start, end, num_steps=1024)
+
+
+def error_from_zero_snr(name):
+    """RMS error of 48 steps that start without signal, the network predicting v."""
+    x, exact = exact_end()
+    knobs = knobs_of(ROWS[name], 1.0, trailing(SCHEDULE, 48, max_steps=48))
+    out = runner(name).call(*knobs, x, image_keys(0, range(64)), *[MIXTURE.any_class(64)] * 2)
+    return np.sqrt(np.mean(np.sum((np.asarray(out) - exact) ** 2, axis=1)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ROWS if name not in STOCHASTIC])
+def test_zero_terminal_snr_leads_where_the_flow_does(name):
+    """No deterministic sampler is worse than Euler's method, which knows no history."""
+    assert error_from_zero_snr(name) <= 1.1 * error_from_zero_snr("euler") < 0.05
 
 
 def two_devices():
