@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diffusion_jax.core.grid import Grid
 from diffusion_jax.core.types import Array, Key
 
 
@@ -77,13 +78,21 @@ def halves(x: Array) -> tuple[Array, Array]:
 def as_arrays(tree: Any) -> Any:
     """Every leaf of a sampler, guidance or grid as a strongly typed array.
 
-    Integer arrays become int32, masks stay bool, everything else becomes float32.
+    Integer arrays become int32, masks stay bool, everything else becomes float32. A Python int is
+    a knob written without its point, eta=1, and becomes float32 too, but the bounds of a grid
+    count steps and become int32 whoever wrote them.
 
     A Python float, an int and a float32 array would each compile the same function again;
     after this they are one.
 
     Source: none; a convention of this library.
     """
+
+    def with_counts(node):
+        if not isinstance(node, Grid):
+            return node
+        start, stop = (jnp.asarray(bound, jnp.int32) for bound in (node.start, node.stop))
+        return node._replace(start=start, stop=stop)
 
     def convert(leaf):
         if jnp.result_type(leaf) == jnp.bool_ and not isinstance(leaf, bool):
@@ -92,4 +101,5 @@ def as_arrays(tree: Any) -> Any:
             return jnp.asarray(leaf, jnp.int32)
         return jnp.asarray(leaf, jnp.float32)
 
+    tree = jax.tree.map(with_counts, tree, is_leaf=lambda node: isinstance(node, Grid))
     return jax.tree.map(convert, tree)

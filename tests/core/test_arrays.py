@@ -65,6 +65,15 @@ def test_as_arrays_gives_every_spelling_of_a_number_one_type():
     assert grid.stop.dtype == jnp.int32 and grid.levels.t.dtype == jnp.float32
 
 
+def test_as_arrays_counts_the_steps_of_a_grid_with_python_bounds():
+    """Beside knobs, whose integers are numbers; and the loop over such a grid compiles."""
+    eta, grid = as_arrays((1, trailing(Linear(), 3, max_steps=4).starting_at(1).fixed()))
+    assert eta.dtype == jnp.float32
+    assert [(b.dtype, int(b)) for b in grid[1:3]] == [(jnp.int32, 1), (jnp.int32, 3)]
+    run = jax.jit(lambda grid: jax.lax.fori_loop(*grid[1:3], lambda i, x: x + i, 0))
+    assert int(run(grid)) == 3
+
+
 def test_as_arrays_leaves_masks_alone():
     """A float mask would be no mask any more."""
     mask = as_arrays({"token_mask": np.ones(2, bool)})["token_mask"]
