@@ -1,6 +1,6 @@
 """Grid: the noise levels that a sampler visits, as padded arrays, from times or from jumps."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +49,18 @@ class Grid(NamedTuple):
     def middle_level(self, index: Array | int) -> NoiseLevel | None:
         """The level inside of step `index`, every field []; None where the grid has none."""
         return None if self.middle is None else _at(self.middle, index)
+
+    def astype(self, dtype: Any) -> "Grid":
+        """The same grid with all of its levels in another type of float."""
+
+        def cast(level):
+            if level is None:
+                return None
+            return NoiseLevel(*(jnp.asarray(field, dtype) for field in level))
+
+        return self._replace(
+            levels=cast(self.levels), middle=cast(self.middle), ends=cast(self.ends)
+        )
 
     def starting_at(self, step: int) -> "Grid":
         """The same grid without its first `step` steps (image-to-image).
@@ -141,8 +153,8 @@ def from_times(
     Source: none; a convention of this library.
     """
     times = np.asarray(times, np.float64)
-    if times.ndim != 1 or np.any(np.diff(times) >= 0.0):
-        raise ValueError(f"times must be a strictly decreasing sequence, got {times}")
+    if times.ndim != 1 or not np.all(np.isfinite(times)) or np.any(np.diff(times) >= 0.0):
+        raise ValueError(f"times must be a strictly decreasing finite sequence, got {times}")
     check_num_steps(len(times), max_steps)
     slack = 1e-9 * max(1.0, abs(schedule.t_max))
     if times[0] > schedule.t_max + slack or times[-1] < schedule.t_min - slack:
@@ -210,8 +222,8 @@ def jumps(
       max_steps: length that the result is padded to; as many as it has where None.
 
     Raises:
-      ValueError: if j or n is below 1, if the grid does not start at 0, or if the result is
-        longer than max_steps.
+      ValueError: if j or n is below 1, if the grid does not start at 0 or has more than its
+        levels, or if the result is longer than max_steps.
 
     Source: Lugmayr et al. 2022 (arXiv:2201.09865), section 4.2 and appendix.
     """
@@ -221,6 +233,12 @@ def jumps(
         )
     if int(grid.start) != 0:
         raise ValueError(f"jumps needs a grid that starts at step 0, got {int(grid.start)}")
+    if grid.middle is not None or grid.ends is not None:
+        raise ValueError(
+            "jumps repeats levels, and this grid has "
+            f"{'ends of its own' if grid.ends is not None else 'levels inside of its steps'}: "
+            "take the jumps first and then fit_grid"
+        )
     num_steps = int(grid.stop)
     left = dict.fromkeys(range(0, num_steps - jump_length, jump_length), num_resamples - 1)
     t, path = num_steps, []

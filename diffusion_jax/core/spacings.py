@@ -101,8 +101,8 @@ def karras(
     Source: Karras et al. 2022 (arXiv:2206.00364), eq. 5.
     """
     check_num_steps(num_steps, max_steps)
-    if rho <= 0.0:
-        raise ValueError(f"rho must be positive, got {rho}")
+    if not 0.0 < rho < np.inf:
+        raise ValueError(f"rho must be positive and finite, got {rho}")
     low, high = _ends(schedule, sigma_min, sigma_max)
     ramp = np.linspace(0.0, 1.0, num_steps)
     ratios = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
@@ -289,6 +289,8 @@ def from_sigmas(
     _check_ratios(schedule, float(sigmas[-1]), float(sigmas[0]))
     if times is not None and np.shape(times) != sigmas.shape:
         raise ValueError(f"expected {len(sigmas)} times, one for each ratio, got {np.shape(times)}")
+    if times is not None and not np.all(np.isfinite(np.asarray(times, np.float64))):
+        raise ValueError(f"times must be finite, got {times}")
     if not isinstance(final, str) and not 0.0 <= final < sigmas[-1]:
         raise ValueError(
             f"final must be 'clean', 't_min' or a ratio in [0, {sigmas[-1]}), got {final}"

@@ -6,7 +6,7 @@ import pytest
 
 from diffusion_jax.core.grid import with_middle
 from diffusion_jax.core.schedules import EDM, Cosine, FlowMatching, Linear, ZeroTerminalSNR
-from diffusion_jax.core.timesteps import from_times, karras, leading, trailing
+from diffusion_jax.core.timesteps import from_times, jumps, karras, leading, trailing
 from diffusion_jax.core.types import NoiseLevel
 
 
@@ -65,3 +65,22 @@ def test_steps_may_end_elsewhere_than_the_next_one_starts():
     assert [float(other.level(i).t) for i in range(3)] == [900.0, 500.0, 100.0]
     middle = with_middle(other, schedule, "time").middle
     np.testing.assert_array_equal(middle.t[:3], [700.5, 300.5, 50.0])
+
+
+@pytest.mark.parametrize("field, words", [("ends", "ends of its"), ("middle", "levels inside of")])
+def test_jumps_of_a_grid_that_is_more_than_its_levels_are_refused(field, words):
+    grid = trailing(Linear(), 4, max_steps=4)
+    inside = NoiseLevel(*(f[1:] for f in grid.levels))
+    with pytest.raises(ValueError, match=f"{words}.*jumps first and then fit_grid"):
+        jumps(grid._replace(**{field: inside}), jump_length=1, num_resamples=2)
+
+
+def test_all_levels_of_a_grid_change_their_type(x64):
+    grid = with_middle(trailing(Linear(), 4, max_steps=4), Linear(), "time")
+    grid = grid._replace(ends=grid.middle)
+    narrow = grid.astype(jnp.float32)
+    for wide, level in zip((grid.levels, grid.middle), (narrow.levels, narrow.ends), strict=True):
+        assert [field.dtype for field in wide] == [np.float64] * 3
+        assert [field.dtype for field in level] == [np.float32] * 3
+    assert narrow.middle.t.dtype == np.float32
+    assert narrow.stop.dtype == jnp.int32 and trailing(Linear(), 4).astype(np.float32).ends is None

@@ -179,6 +179,8 @@ def test_number_of_steps_is_checked(make, num_steps, message):
         (lambda: from_times(Linear(), [1.0, 2.0]), "strictly decreasing"),
         (lambda: from_times(Linear(), [5.0, 5.0]), "strictly decreasing"),
         (lambda: from_times(Linear(), [[5.0, 4.0]]), "strictly decreasing"),
+        (lambda: from_times(Linear(), [np.nan]), r"finite sequence, got \[nan\]"),
+        (lambda: from_times(Linear(), [5.0, -np.inf]), "finite sequence"),
         (lambda: from_times(Linear(), [1000.0, 5.0]), r"\[0.0, 999.0\], got 1000.0 to 5.0"),
         (lambda: from_times(Linear(), [5.0, -1.0]), "must lie in"),
         (lambda: from_times(Linear(), []), "at least 1, got 0"),
