@@ -43,14 +43,19 @@ def posterior_log_variance(
     Rombach et al. 2022 (arXiv:2112.10752), released code.
     """
     _, forward = transition(level, next_level)
-    stand_in = forward
+    std, stand_in = posterior_std(level, next_level), forward
     if least is not None:
         stand_in = jnp.full_like(forward, least**0.5)
     elif noisier is not None:
         before = posterior_std(noisier, level)
         stand_in = jnp.where(before > 0.0, before, forward)
-    std = posterior_std(level, next_level)
-    return 2.0 * jnp.log(jnp.where(next_level.sigma == 0.0, stand_in, std))
+    return _log_variance(jnp.where(next_level.sigma == 0.0, stand_in, std))
+
+
+def _log_variance(std: Array) -> Array:
+    """-inf where the std is 0, with a gradient of 0 there."""
+    positive = std > 0.0
+    return jnp.where(positive, 2.0 * jnp.log(jnp.where(positive, std, 1.0)), -jnp.inf)
 
 
 def reverse_log_variance(
@@ -70,6 +75,8 @@ def reverse_log_variance(
     interpolated:  v log β + (1 - v) log β̃, v = fraction
     learned_range: the same with v = prediction.var_frac, which may leave [0, 1]
     learned:       prediction.log_var as it is, which is meant for steps of the training chain
+
+    In a step of no length, from t to t, all but the last are -inf.
 
     Args:
       prediction: of the denoiser at x_t.
@@ -93,7 +100,7 @@ def reverse_log_variance(
         return _predicted(prediction.log_var, variance, "log_var", "log")
     small = posterior_log_variance(level, next_level, noisier=noisier, least=least)
     _, forward = transition(level, next_level)
-    large, x0 = 2.0 * jnp.log(forward), prediction.x0
+    large, x0 = _log_variance(forward), prediction.x0
     if variance == "small":
         return per_example(small, x0)
     if variance == "large":
@@ -103,7 +110,11 @@ def reverse_log_variance(
         fraction = _predicted(prediction.var_frac, variance, "var_frac", "range")
     elif fraction is None:
         raise ValueError("variance 'interpolated' needs a fraction in [0, 1], got None")
-    return fraction * per_example(large, x0) + (1.0 - fraction) * per_example(small, x0)
+    # Where nothing happens in the step both are -inf, and 0 · inf is not a number.
+    moves = jnp.isfinite(large) & jnp.isfinite(small)
+    large, small = (per_example(jnp.where(moves, value, 0.0), x0) for value in (large, small))
+    mixed = fraction * large + (1.0 - fraction) * small
+    return jnp.where(per_example(moves, x0), mixed, -jnp.inf)
 
 
 def _predicted(value: Array | None, variance: str, field: str, learned: str) -> Array:

@@ -1,5 +1,6 @@
 """The variance of a reverse step, against the tables of the released diffusion code."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -88,6 +89,23 @@ def test_single_levels_give_what_broadcasts_to_the_batch():
 def test_what_is_missing_is_named(variance, message):
     with pytest.raises(ValueError, match=message):
         reverse_log_variance(Prediction(jnp.zeros((20, 3))), *LEVELS, variance=variance)
+
+
+@pytest.mark.parametrize("variance", [v for v in VARIANCES if v != "learned"])
+def test_a_step_of_no_length_has_no_variance(variance):
+    """Grids that end at t_min may take one: std = 0, also for fractions outside of [0, 1]."""
+    here = SCHEDULE(jnp.float32(7.0))
+
+    def std(fraction):
+        options = {"fraction": fraction} if variance == "interpolated" else {}
+        prediction = Prediction(jnp.zeros((20, 3)), fraction)
+        value = reverse_log_variance(prediction, here, here, variance=variance, **options)
+        return jnp.exp(0.5 * value) + jnp.zeros((20, 3))
+
+    fractions = jnp.broadcast_to(jnp.asarray([[-0.1, 0.0, 1.0]]), (20, 3))
+    value, back = jax.vjp(std, fractions)
+    np.testing.assert_array_equal(value, 0.0)
+    np.testing.assert_array_equal(back(value + 1.0)[0], 0.0)
 
 
 def test_check_variance():
