@@ -81,6 +81,27 @@ MIDDLES = ("log_snr", "time")
 FINALS = ("clean", "t_min")
 
 
+def schedule_time(schedule: NoiseSchedule, level: NoiseLevel) -> Array:
+    """The t of a level that schedule(t) takes; level.t is what the network is told there.
+
+    They differ where the network is told another number than t, and on grids of rounded times.
+    Found by the rates; sigma = 0 counts as t_min and alpha = 0 as t_max.
+
+    Args:
+      level: of the schedule, fields of any shape.
+
+    Source: none; a convention of this library.
+    """
+    told, alpha, sigma = (jnp.asarray(field) for field in level)
+    finite = (alpha > 0) & (sigma > 0)
+    ratio = jnp.where(finite, alpha, 1.0), jnp.where(finite, sigma, 1.0)
+    t = schedule.inverse(2.0 * (jnp.log(ratio[0]) - jnp.log(ratio[1])))
+    # Whole numbers stay whole: the inverse is off by rounding.
+    rounding = 16.0 * jnp.finfo(alpha.dtype).eps * (schedule.t_max - schedule.t_min)
+    t = jnp.where(jnp.abs(t - told) <= rounding, told, t)
+    return jnp.where(sigma == 0, schedule.t_min, jnp.where(alpha == 0, schedule.t_max, t))
+
+
 def with_middle(grid: Grid, schedule: NoiseSchedule, rule: str) -> Grid:
     """The grid with a level inside of each step, where some samplers evaluate the network.
 
@@ -107,7 +128,8 @@ def with_middle(grid: Grid, schedule: NoiseSchedule, rule: str) -> Grid:
     there = NoiseLevel(*(jnp.asarray(f)[1:] for f in grid.levels))
     there = there if grid.ends is None else grid.ends
     if rule == "time":
-        return grid._replace(middle=schedule(0.5 * (here.t + there.t)))
+        start, end = schedule_time(schedule, here), schedule_time(schedule, there)
+        return grid._replace(middle=schedule(0.5 * (start + end)))
     finite = (here.alpha > 0) & (here.sigma > 0) & (there.alpha > 0) & (there.sigma > 0)
 
     def log_snr(level):

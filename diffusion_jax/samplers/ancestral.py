@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from diffusion_jax.core.arrays import per_image_normal
-from diffusion_jax.core.grid import Grid
+from diffusion_jax.core.grid import Grid, schedule_time
 from diffusion_jax.core.schedules import NoiseSchedule
 from diffusion_jax.core.types import Array, Key, NoiseLevel
 from diffusion_jax.samplers.base import Denoise, SamplerState, StepInfo, need_middle, noise_from_x0
@@ -88,11 +88,10 @@ KDPM2_ANCESTRAL_VARIANTS = ("next_level", "reference")
 
 
 def _next_levels_at_exact_times(grid: Grid, schedule: NoiseSchedule) -> NoiseLevel:
-    alpha, sigma = (jnp.asarray(field)[1:] for field in (grid.levels.alpha, grid.levels.sigma))
-    if grid.ends is not None:
-        alpha, sigma = grid.ends.alpha, grid.ends.sigma
-    ratio = jnp.where(sigma > 0, alpha, 1.0) / jnp.where(sigma > 0, sigma, 1.0)
-    return NoiseLevel(schedule.inverse(2.0 * jnp.log(ratio)), alpha, sigma)
+    there = grid.ends
+    if there is None:
+        there = NoiseLevel(*(jnp.asarray(field)[1:] for field in grid.levels))
+    return there._replace(t=schedule_time(schedule, there))
 
 
 @struct.dataclass

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from diffusion_jax.core.arrays import per_image_normal
-from diffusion_jax.core.grid import Grid
+from diffusion_jax.core.grid import Grid, schedule_time
 from diffusion_jax.core.schedules import NoiseSchedule
 from diffusion_jax.core.types import Array, Key, NoiseLevel
 from diffusion_jax.samplers.base import (
@@ -144,7 +144,8 @@ class TCD:
         there = grid.ends
         if there is None:
             there = NoiseLevel(*(jnp.asarray(field)[1:] for field in grid.levels))
-        t = schedule.t_min + (1.0 - self.eta) * (there.t - schedule.t_min)
+        end = schedule_time(schedule, there)
+        t = schedule.t_min + (1.0 - self.eta) * (end - schedule.t_min)
         fields = zip(schedule(t), there, strict=True)
         # The clean level is beyond the schedule; its t is that of the least noisy level.
         return NoiseLevel(*(jnp.where(there.sigma > 0, m, end) for m, end in fields))

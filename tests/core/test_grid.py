@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.core.grid import with_middle
+from diffusion_jax.core.grid import schedule_time, with_middle
 from diffusion_jax.core.schedules import EDM, Cosine, FlowMatching, Linear, ZeroTerminalSNR
 from diffusion_jax.core.timesteps import from_times, jumps, karras, leading, trailing
 from diffusion_jax.core.types import NoiseLevel
@@ -41,6 +41,26 @@ def test_the_middle_in_time():
     grid = with_middle(trailing(schedule, 4, max_steps=4), schedule, "time")
     sigma = np.asarray(grid.levels.sigma[:4])
     np.testing.assert_allclose(grid.middle.sigma[:3], (sigma[:-1] + sigma[1:]) / 2, rtol=1e-6)
+
+
+def test_the_middle_in_time_is_that_of_the_schedule_where_the_network_is_told_another(x64):
+    schedule, times = FlowMatching(shift=3.0), np.asarray([1.0, 0.6, 0.3])
+    middle = with_middle(from_times(schedule, times, max_steps=3), schedule, "time").middle
+    t = (times + np.append(times[1:], schedule.t_min)) / 2
+    np.testing.assert_allclose(middle.sigma, 3.0 * t / (1.0 + 2.0 * t), rtol=1e-12)
+
+
+def test_the_time_of_a_level_is_found_by_its_rates(x64):
+    """On rounded times the network is told whole numbers; where it is told t, that is exact."""
+    schedule = Linear()
+    grid = karras(schedule, 4, max_steps=4, round_t=True)
+    exact = karras(schedule, 4, max_steps=4).levels.t
+    np.testing.assert_allclose(schedule_time(schedule, grid.levels), exact, rtol=1e-9, atol=1e-9)
+    assert np.abs(grid.levels.t - exact).max() > 0.05
+    whole = NoiseLevel(*(jnp.asarray(f, jnp.float32) for f in schedule(np.arange(1000.0))))
+    np.testing.assert_array_equal(schedule_time(schedule, whole), np.arange(1000.0))
+    ends = NoiseLevel(*map(jnp.asarray, ([0.5, 0.5], [1.0, 0.0], [0.0, 1.0])))
+    np.testing.assert_array_equal(schedule_time(FlowMatching(shift=3.0), ends), [1e-3, 1.0])
 
 
 def test_a_step_from_zero_signal_has_no_middle():

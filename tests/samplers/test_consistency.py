@@ -11,7 +11,7 @@ from diffusion_jax.core.arrays import image_keys
 from diffusion_jax.core.denoiser import make_denoiser
 from diffusion_jax.core.grid import Grid
 from diffusion_jax.core.parameterization import ConsistencyPreconditioning
-from diffusion_jax.core.schedules import EDM, Cosine, FlowMatching, ZeroTerminalSNR
+from diffusion_jax.core.schedules import EDM, Cosine, FlowMatching, Linear, ZeroTerminalSNR
 from diffusion_jax.core.timesteps import from_times, karras, trailing
 from diffusion_jax.core.types import NoiseLevel, Prediction
 from diffusion_jax.samplers import DDIM, LCM, TCD, ConsistencyMultistep, StepInfo, fit_grid, sample
@@ -204,13 +204,30 @@ def test_tcd_jumps_to_a_fraction_of_the_next_time(schedule):
     assert float(clean.middle.sigma[3]) == 0.0 and float(clean.middle.alpha[3]) == 1.0
 
 
-def test_tcd_without_noise_is_ddim(x64):
-    """eta = 0, also from zero signal."""
-    schedule = ZeroTerminalSNR(1000, Cosine())
-    grid = trailing(schedule, 4, max_steps=4)
+@pytest.mark.parametrize(
+    "schedule, spacing",
+    [
+        (ZeroTerminalSNR(1000, Cosine()), trailing),
+        (FlowMatching(shift=3.0), trailing),
+        (Linear(), functools.partial(karras, round_t=True)),
+    ],
+    ids=["zero signal", "shifted flow", "rounded times"],
+)
+def test_tcd_without_noise_is_ddim(schedule, spacing, x64):
+    """eta = 0, also where the network is told other times than the schedule's own."""
+    grid = spacing(schedule, 4, max_steps=4)
     x, keys = jnp.asarray([[0.3], [-2.0]]), image_keys(0, range(2))
     tcd = sample(TCD(0.0), DATA.denoise, fit_grid(TCD(0.0), grid, schedule), x, keys)[0]
     np.testing.assert_allclose(tcd, sample(DDIM(), DATA.denoise, grid, x, keys)[0], atol=1e-12)
+
+
+def test_a_shift_is_not_applied_twice(x64):
+    """Times of the schedule are scaled, not the noise rates that the network is told."""
+    schedule = FlowMatching(shift=3.0)
+    times = np.asarray([0.9, 0.6, 0.3])
+    middle = fit_grid(TCD(0.25), from_times(schedule, times, max_steps=3), schedule).middle
+    t = schedule.t_min + 0.75 * (times[1:] - schedule.t_min)
+    np.testing.assert_allclose(middle.sigma[:2], 3.0 * t / (1.0 + 2.0 * t), rtol=1e-12)
 
 
 def test_tcd_needs_the_levels_that_it_jumps_to():
