@@ -16,7 +16,7 @@ from diffusion_jax.commands.bench_plan import Benchmark, Study
 
 CONFIG = Benchmark(
     studies=(
-        Study(samplers=("ddim", "dpm_solver_pp_2m"), nfe=(10, 20, 50)),
+        Study(samplers=("ddim", "dpm_solver_multistep"), nfe=(10, 20, 50)),
         Study(schedules=("linear",), grids=("trailing", "karras")),
         Study(schedules=("edm",), grids=("karras",), nfe=(10, 20, 50)),
     )
@@ -28,7 +28,7 @@ TINY = replace(
         Study(
             schedules=("cosine", "edm"),
             grids=("karras",),
-            samplers=("ddim", "heun", "dpm_solver_pp_2m", "ddpm"),
+            samplers=("ddim", "heun", "dpm_solver_multistep", "ddpm"),
             nfe=(5, 10, 20),
         ),
     ),

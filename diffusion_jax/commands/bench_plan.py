@@ -42,9 +42,9 @@ BENCH_SAMPLERS: dict[str, Any] = {
     "heun_churn": HeunChurn(s_churn=10.0),
     "ddpm_small": DDPM("small"),
     "ddim_eta_1": DDIM(eta=1.0),
-    "dpm_solver_pp_3m": DPMSolverMultistep(order=3),
+    "dpm_solver_multistep_3": DPMSolverMultistep(order=3),
     "unipc_3": UniPC(order=3),
-    "dpm_solver_pp_2m_sde": DPMSolverMultistep(algorithm="sde-dpmsolver++"),
+    "dpm_solver_multistep_sde": DPMSolverMultistep(algorithm="sde-dpmsolver++"),
 }
 
 
@@ -112,7 +112,7 @@ class Benchmark:
     flow_steps: int = 512
     seed: int = 0
     run_study: Study = Study(
-        grids=("trailing",), samplers=("ddim", "heun", "dpm_solver_pp_2m"), nfe=(5, 10, 20, 50)
+        grids=("trailing",), samplers=("ddim", "heun", "dpm_solver_multistep"), nfe=(5, 10, 20, 50)
     )
     run_samples: int = 0
     run_seeds: int = 3

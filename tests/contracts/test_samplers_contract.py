@@ -217,7 +217,7 @@ def test_a_mesh_of_two_devices_gives_the_same_pictures(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddpm_learned", "heun", "dpm_solver_pp_2m"])
+@pytest.mark.parametrize("name", ["ddpm_learned", "heun", "dpm_solver_multistep"])
 def test_pmap_and_a_smaller_batch_give_the_same_pictures(name):
     """2 + 2 images on two devices by pmap, for each kind of state and step."""
     whole = run(name, num_steps=3)
