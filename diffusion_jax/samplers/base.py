@@ -85,7 +85,7 @@ def initial_noise(keys: Key, shape: tuple[int, ...], std: Array | float = 1.0) -
     Source: Ho et al. 2020 (arXiv:2006.11239), algorithm 2, line 1.
     """
     like = jnp.zeros(keys.shape + tuple(shape), jnp.float32)
-    return std * per_image_normal(fold_in_each(keys, _INITIAL_NOISE), like)
+    return jnp.asarray(std, like.dtype) * per_image_normal(fold_in_each(keys, _INITIAL_NOISE), like)
 
 
 def _check(x_T: Array, keys: Key) -> None:
@@ -119,8 +119,8 @@ def sample(
     Args:
       sampler: a value of SAMPLERS.
       denoise: (x, level) -> Prediction, conditions bound.
-      grid: levels from noisy to clean.
-      x_T: [B, ...] float32 noise at grid.levels[grid.start].
+      grid: levels from noisy to clean; they are taken in x_T's type.
+      x_T: [B, ...] float32 (or float64) noise at grid.levels[grid.start].
       keys: [B] one key per image.
       trace: state -> pytree to be recorded after every step.
 
@@ -134,6 +134,8 @@ def sample(
     Source: none; a convention of this library.
     """
     _check(x_T, keys)
+    # Under jax_enable_x64 grids are in float64, and would make the state of the loop so too.
+    grid = grid.astype(x_T.dtype)
     state = sampler.init(x_T)
     max_steps = grid.levels.t.shape[0] - 1
     record = None
@@ -166,13 +168,14 @@ def fit_grid(sampler: Sampler, grid: Grid, schedule: NoiseSchedule) -> Grid:
 
     A sampler with an attribute `middle` evaluates the network at a level of its own in each
     step. `middle` is either the name of a rule of `core.grid.with_middle`, or a method
-    (grid, schedule) -> NoiseLevel with every field [MAX], which may read the sampler's knobs:
-    fit the grid again after changing those. Grids of other samplers, and those that have middle
-    levels already, are returned as they are.
+    (grid, schedule) -> NoiseLevel with every field [MAX], which may read the sampler's knobs.
+    Grids of other samplers are returned as they are, and so are grids that have middle levels,
+    which published ones bring along. So for other knobs, or another sampler, fit the grid as it was
+    made: a fitted one would keep the levels of before.
 
     Args:
       sampler: a value of SAMPLERS.
-      grid: made of the schedule.
+      grid: as it was made of the schedule.
 
     Source: none; a convention of this library.
     """

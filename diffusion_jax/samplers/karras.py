@@ -90,7 +90,8 @@ class Churn:
     else 0, x is brought to the noisier level r̂ = (1 + γ) r by
     x̂/α̂ = x/α + s_noise √(r̂² - r²) z. The step then starts from there, and the network is told
     the time of that level: r̂ on an EDM path, otherwise the schedule's `inverse`. Where alpha = 0
-    nothing is added.
+    nothing is added. The levels r̂ are in the grid: for other values of these knobs fit the grid as
+    it was made, since a fitted one keeps its levels.
 
     Attributes:
       s_churn: noise added over all steps, in units of log σ; at least 0, and 0 adds none. More

@@ -21,6 +21,7 @@ from diffusion_jax.samplers import (
     ReferenceEulerChurn,
     StepInfo,
     fit_grid,
+    initial_noise,
     sample,
 )
 from tests import analytic
@@ -115,7 +116,23 @@ def test_fit_grid_keeps_levels_that_are_there():
     grid = karras(EDM(), 4, max_steps=8)
     fitted = fit_grid(HeunChurn(s_churn=1.0), grid, EDM())
     assert fit_grid(HeunChurn(s_churn=2.0), fitted, EDM()).middle is fitted.middle
+    anew = fit_grid(HeunChurn(s_churn=2.0), grid, EDM())
+    assert float(anew.middle.sigma[1]) > float(fitted.middle.sigma[1])
     assert fit_grid(Heun(), grid, EDM()).middle is None
+
+
+def test_samples_keep_the_type_of_their_noise(x64):
+    """A grid in float64 with middle levels and ends, and noise in float32."""
+    grid = fit_grid(HeunChurn(s_churn=2.0), karras(EDM(), 4, max_steps=8), EDM())
+    grid = grid._replace(ends=NoiseLevel(*(field[1:] for field in grid.levels)))
+    noise = initial_noise(KEYS, (1,), EDM().prior_std(grid.level(0)))
+    assert grid.levels.t.dtype == grid.middle.t.dtype == jnp.float64
+    assert noise.dtype == jnp.float32
+    out = [
+        sample(HeunChurn(s_churn=2.0), GAUSSIAN.denoise, grid, noise.astype(dtype), KEYS)[0]
+        for dtype in (jnp.float32, jnp.float64)
+    ]
+    assert [x.dtype for x in out] == [jnp.float32, jnp.float64]
 
 
 @pytest.mark.parametrize("sampler", [EulerChurn(), KDPM2()], ids=["churn", "kdpm2"])
