@@ -102,7 +102,7 @@ def karras(
     """
     check_num_steps(num_steps, max_steps)
     if not 0.0 < rho < np.inf:
-        raise ValueError(f"rho must be positive and finite, got {rho}")
+        raise ValueError(f"rho must be positive, got {rho}")
     low, high = _ends(schedule, sigma_min, sigma_max)
     ramp = np.linspace(0.0, 1.0, num_steps)
     ratios = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho

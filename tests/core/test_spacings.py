@@ -167,7 +167,7 @@ def test_steps_pass_ends_and_the_final_level_on():
         (lambda: from_sigmas(EDM(), [90.0, 2.0]), "got sigma_min = 2.0 and sigma_max = 90.0"),
         (lambda: from_sigmas(EDM(), [9.0, 2.0], times=[1.0]), r"expected 2 times, .* got \(1,\)"),
         (lambda: from_sigmas(EDM(), [9.0], times=[np.nan]), r"finite, got \[nan\]"),
-        (lambda: karras(EDM(), 5, rho=np.nan), "positive and finite, got nan"),
+        (lambda: karras(EDM(), 5, rho=np.nan), "rho must be positive, got nan"),
         (lambda: from_sigmas(EDM(), [9.0, 2.0], final=2.0), r"\[0, 2.0\), got 2.0"),
         (lambda: from_sigmas(EDM(), [9.0, 2.0], final="zero"), "'zero'"),
         (lambda: shift_times([0.5], 0.0), "shift must be positive, got 0.0"),
