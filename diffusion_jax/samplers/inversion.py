@@ -7,7 +7,7 @@ from flax import struct
 
 from diffusion_jax.core.arrays import image_keys, per_example
 from diffusion_jax.core.grid import Grid
-from diffusion_jax.core.types import Array, Key, NoiseLevel
+from diffusion_jax.core.types import Array, Key, NoiseLevel, Prediction
 from diffusion_jax.samplers.base import (
     Denoise,
     Sampler,
@@ -113,20 +113,79 @@ def _read_with_the_rates_of(
 def reverse(grid: Grid, *, from_clean: bool = False) -> Grid:
     """The grid from its last level back to its first one, padded to the same length.
 
+    Levels inside of its steps stay there. Bounds that are Python numbers stay such, unless the
+    levels are traced.
+
     Args:
       grid: without jumps upwards; steps before its start stay out.
       from_clean: include the step out of sigma = 0, for samplers that can take it. Otherwise a
         grid that ends there is reversed from the level before.
 
+    Raises:
+      ValueError: if the grid has ends of its own.
+
     Source: none; a convention of this library.
     """
-    last = jnp.asarray(grid.stop, jnp.int32)
+    if grid.ends is not None:
+        raise ValueError(
+            "only grids of levels in a row can be reversed; this one has ends of its own"
+        )
+    bounds = (grid.start, grid.stop, *jax.tree.leaves(grid.levels))
+    # Inside of jit jnp would trace what is known.
+    xp = jnp if any(isinstance(value, jax.core.Tracer) for value in bounds) else np
+    first, last = grid.start, grid.stop
     if not from_clean:
-        last = last - (grid.level(last).sigma == 0)
+        last = last - (xp.asarray(grid.levels.sigma)[last] == 0)
+    if xp is np and isinstance(first, int) and isinstance(grid.stop, int):
+        start, first, stop = 0, int(first), int(last) - int(first)
+    else:
+        first, last = (jnp.asarray(bound, jnp.int32) for bound in (first, last))
+        start, stop = jnp.asarray(0, jnp.int32), last - first
     index = jnp.arange(grid.levels.t.shape[0], dtype=jnp.int32)
-    back = jnp.maximum(last - index, jnp.asarray(grid.start, jnp.int32))
-    levels = NoiseLevel(*(jnp.asarray(field)[back] for field in grid.levels))
-    return Grid(levels, jnp.asarray(0, jnp.int32), last - grid.start)
+
+    def back(level, last):
+        return NoiseLevel(
+            *(jnp.asarray(f)[jnp.maximum(last - index[: len(f)], first)] for f in level)
+        )
+
+    # Step i goes from level last - i to the one before, so through the middle of that one's step.
+    middle = None if grid.middle is None else back(grid.middle, last - 1)
+    return Grid(back(grid.levels, last), start, stop, middle)
+
+
+@jax.jit
+def _without_network(sampler: Sampler, grid: Grid, x: Array, keys: Key) -> Array:
+    def denoise(x, level):
+        return Prediction(0.5 * x, 0.5 * jnp.ones_like(x), jnp.zeros_like(x))
+
+    return sample(sampler, denoise, grid, x, keys)[0]
+
+
+def _check_invertible(sampler: Sampler, grid: Grid, x: Array) -> None:
+    """Raises ValueError unless x_T alone determines the sample; tracers may draw noise unseen."""
+    if callable(getattr(sampler, "middle", None)):
+        raise ValueError(
+            f"{type(sampler).__name__} has levels inside of its steps that lead down only, and "
+            "cannot be run backwards; take a deterministic sampler, such as DDIM at eta = 0 or Heun"
+        )
+    if grid.middle is not None and jnp.ndim(grid.middle.t) != 1:
+        raise ValueError(
+            "this grid has two levels inside of each step, the way a published scheduler rounds, "
+            "which lead down only; take the grid as it was made"
+        )
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((sampler, grid))):
+        return
+    with jax.ensure_compile_time_eval():
+        images, start = jnp.arange(x.shape[0]), jnp.ones(x.shape, x.dtype)
+        one, other = (
+            _without_network(sampler, grid, start, image_keys(seed, images)) for seed in (0, 1)
+        )
+        same = bool(jnp.array_equal(one, other, equal_nan=True))
+    if not same:
+        raise ValueError(
+            f"{sampler} draws noise in its steps, so no noise at the first level is the one that x "
+            "was made of; take a deterministic sampler, such as DDIM at eta = 0 or Heun"
+        )
 
 
 def encode(sampler: Sampler, denoise: Denoise, grid: Grid, x: Array) -> Array:
@@ -137,25 +196,24 @@ def encode(sampler: Sampler, denoise: Denoise, grid: Grid, x: Array) -> Array:
     at its last noisy level with α x, which the exact flow reaches up to O(σ²).
 
     Args:
-      sampler: a deterministic one, such as DDIM at eta = 0, Heun or DDIMInversion.
+      sampler: a deterministic one, such as DDIM at eta = 0, Heun or DDIMInversion. Whether it draws
+        noise is found out by running it without a network, for values, not tracers: inside of jit
+        a sampler or a grid that are arguments are not asked.
       denoise: (x, level) -> Prediction, conditions bound; guidance makes the flow harder to
         invert.
-      grid: the one to sample on afterwards, without jumps and with all steps in a row.
+      grid: the one to sample on afterwards, fitted to the sampler, without jumps and with all
+        steps in a row.
       x: [B, ...] float32 data, at the grid's last level.
 
     Raises:
-      ValueError: if the grid has ends of its own, or levels inside of its steps, or x is not
-        float32.
+      ValueError: if the sampler draws noise or cannot run backwards, if the grid has ends of its
+        own, or x is not float32.
 
     Source: Song et al. 2021 (arXiv:2010.02502), section 5.4.
     """
-    if grid.ends is not None or grid.middle is not None:
-        raise ValueError(
-            "encode reverses grids of levels in a row; this one has "
-            f"{'ends of its own' if grid.ends is not None else 'levels inside of its steps'}"
-        )
     back = reverse(grid, from_clean=getattr(sampler, "starts_clean", False))
-    x = x * (back.level(0).alpha / grid.level(grid.stop).alpha)
+    _check_invertible(sampler, grid, x)
+    x = x * (back.level(0).alpha / grid.level(grid.stop).alpha).astype(x.dtype)
     return sample(sampler, denoise, back, x, image_keys(0, jnp.arange(x.shape[0])))[0]
 
 
@@ -172,7 +230,10 @@ def decode(sampler: Sampler, denoise: Denoise, grid: Grid, noise: Array) -> Arra
 
 
 def _norm(x: Array) -> Array:
-    return jnp.sqrt(jnp.sum(x**2, axis=-1, keepdims=True))
+    square = jnp.sum(x**2, axis=-1, keepdims=True)
+    # The root has no slope at 0: there the norm is taken for a constant.
+    some = square > 0
+    return jnp.where(some, jnp.sqrt(jnp.where(some, square, 1.0)), 0.0)
 
 
 def _unit(x: Array) -> Array:
@@ -215,7 +276,7 @@ def slerp(start: Array, end: Array, fraction: Array | float) -> Array:
     opposite = some & (together < tiny)
     general = some & (apart > tiny) & ~opposite
     # Not arccos, which has lost half of its digits at small angles.
-    angle = jnp.where(general, 2.0 * jnp.arctan2(apart, together), jnp.pi / 2)
+    angle = 2.0 * jnp.arctan2(*(jnp.where(general, side, 1.0) for side in (apart, together)))
     along = (jnp.sin((1 - w) * angle) * a + jnp.sin(w * angle) * b) / jnp.sin(angle)
     length = (1 - w) * _norm(a) + w * _norm(b)
     around = length * (jnp.cos(jnp.pi * w) * u + jnp.sin(jnp.pi * w) * _perpendicular(u))

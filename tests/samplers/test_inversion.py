@@ -13,17 +13,32 @@ from diffusion_jax.core.schedules import EDM, Linear
 from diffusion_jax.core.timesteps import karras, trailing
 from diffusion_jax.core.types import NoiseLevel, Prediction
 from diffusion_jax.guidance import StaticThreshold
-from diffusion_jax.samplers import DDIM, DPMSolverMultistep, Euler, Heun, StepInfo
+from diffusion_jax.samplers import (
+    DDIM,
+    DDPM,
+    LMS,
+    PNDM,
+    TCD,
+    DPMSolverMultistep,
+    Euler,
+    EulerAncestral,
+    Heun,
+    HeunChurn,
+    StepInfo,
+    fit_grid,
+)
 from diffusion_jax.samplers.inversion import DDIMInversion, decode, encode, reverse, slerp
+from diffusion_jax.samplers.kdpm2 import KDPM2
 from tests.analytic import MIXTURE, gaussian, gaussian_flow, in_vp
 
 DATA = gaussian(0.4, 0.3)
 SIGMA_MIN, SIGMA_MAX = 0.1, 10.0
+RATIOS = EDM(SIGMA_MIN, SIGMA_MAX)
 
 
 def noisy_grid(num_steps):
     """A variance-preserving grid that ends at SIGMA_MIN, so that every step is of full order."""
-    grid = karras(EDM(SIGMA_MIN, SIGMA_MAX), num_steps + 1, max_steps=129)
+    grid = karras(RATIOS, num_steps + 1, max_steps=129)
     return in_vp(grid._replace(stop=jnp.asarray(num_steps, jnp.int32)))
 
 
@@ -66,6 +81,36 @@ def test_encoding_converges_to_the_exact_noise(name, x64):
     assert abs(slopes[-1] - order) < 0.15, slopes
     assert np.log2(around[-2] / around[-1]) > order - 0.15, around
     assert error[-1] < (0.1 if order == 1 else 1e-3)
+
+
+MIDDLE = {"kdpm2": (KDPM2(), 2), "lms": (LMS(2, start="runge_kutta"), 2)}
+
+
+@pytest.mark.parametrize("name", MIDDLE)
+def test_samplers_with_levels_inside_of_their_steps_encode(name, x64):
+    """On grids of `fit_grid`, whose middles are those of the reversed steps too."""
+    sampler, order = MIDDLE[name]
+    x, error = jnp.linspace(-0.6, 1.4, 6)[:, None], []
+    for num_steps in (32, 64, 128):
+        grid = fit_grid(sampler, noisy_grid(num_steps), RATIOS)
+        start, end = ends(grid)
+        exact = gaussian_flow(np.asarray(x), end, start, mean=0.4, std=0.3)
+        error.append(np.abs(there_and_back(sampler, sampler, grid, x)[0] - exact).max())
+    slopes = np.log2(np.asarray(error[:-1]) / error[1:])
+    assert abs(slopes[-1] - order) < 0.15 and error[-1] < 3e-3, (slopes, error)
+
+
+def test_middles_are_reversed_with_the_levels():
+    """The middle of each step back lies between its two levels; so on a part, and from clean."""
+    grid = fit_grid(KDPM2(), trailing(Linear(), 6, max_steps=8), Linear())
+    for part, options in ((grid, {}), (grid.starting_at(2), {}), (grid, {"from_clean": True})):
+        back = reverse(part, **options)
+        for i in range(int(back.stop)):
+            here, there = (float(back.level(j).sigma / back.level(j).alpha) for j in (i, i + 1))
+            inside = back.middle_level(i)
+            ratio = float(inside.sigma / inside.alpha)
+            np.testing.assert_allclose(ratio, np.sqrt(here * there), rtol=1e-4)
+        assert back.middle.t.shape == (8,)
 
 
 def test_iterating_inverts_ddim_exactly(x64):
@@ -177,13 +222,55 @@ def test_slerp_of_parallel_opposite_and_empty_images():
     assert 2.99 < np.linalg.norm(slerp(a, near, 0.5)[1]) < 3.01
 
 
+def test_gradients_of_slerp_are_finite():
+    """For equal, parallel, opposite and empty images too; at equal ones they are the weights."""
+    a = jnp.asarray([[1.0, 2.0, 2.0]] * 5)
+    b = jnp.stack([a[0], 3 * a[0], -a[0], jnp.zeros(3), a[0] + jnp.asarray([0.0, 0.0, 0.5])])
+    for first, second in ((a, b), (b, a), (jnp.zeros_like(a), jnp.zeros_like(b))):
+        slopes = jax.grad(lambda *x: slerp(*x, 0.25).sum(), argnums=(0, 1))(first, second)
+        assert all(np.all(np.isfinite(slope)) for slope in slopes), slopes
+    slopes = jax.grad(lambda *x: slerp(*x, 0.25).sum(), argnums=(0, 1))(a[:1], b[:1])
+    np.testing.assert_allclose(slopes[0], 0.75 * np.ones((1, 3)), rtol=1e-6)
+    np.testing.assert_allclose(slopes[1], 0.25 * np.ones((1, 3)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [DDIM(eta=0.5), EulerAncestral(), DPMSolverMultistep(algorithm="sde-dpmsolver++"), DDPM()],
+    ids=lambda s: type(s).__name__,
+)
+def test_samplers_that_draw_noise_are_refused(sampler):
+    """Also inside of a compiled function, as long as the sampler and the grid are values."""
+    grid, x = trailing(Linear(), 5, max_steps=7), jnp.zeros((1, 2))
+    with pytest.raises(ValueError, match=f"{type(sampler).__name__}.*draws noise"):
+        jax.jit(lambda x: encode(sampler, MIXTURE.denoise, grid, x))(x)
+
+
+def test_samplers_with_levels_for_one_direction_are_refused():
+    grid, x = trailing(Linear(), 5, max_steps=7), jnp.zeros((1, 2))
+    for sampler in (HeunChurn(1.0), TCD()):
+        fitted = fit_grid(sampler, grid, Linear())
+        with pytest.raises(ValueError, match=f"{type(sampler).__name__} .* lead down only"):
+            encode(sampler, MIXTURE.denoise, fitted, x)
+
+
+def test_data_in_float32_is_encoded_on_grids_in_float64(x64):
+    x = jnp.zeros((2, 2), jnp.float32)
+    grid = trailing(Linear(), 5, max_steps=7)
+    assert grid.levels.t.dtype == jnp.float64
+    assert encode(Heun(), MIXTURE.denoise, grid, x).dtype == jnp.float32
+
+
 def test_what_does_not_fit_is_refused():
     grid = trailing(Linear(), 5, max_steps=7)
     x = jnp.zeros((1, 2))
     with pytest.raises(ValueError, match="ends of its own"):
         encode(DDIM(), MIXTURE.denoise, grid._replace(ends=grid.levels), x)
-    with pytest.raises(ValueError, match="levels inside of its steps"):
-        encode(DDIM(), MIXTURE.denoise, grid._replace(middle=grid.levels), x)
+    pairs = NoiseLevel(*(jnp.stack([f[1:], f[1:]], axis=1) for f in grid.levels))
+    with pytest.raises(ValueError, match="two levels inside of each step"):
+        encode(PNDM(), MIXTURE.denoise, grid._replace(middle=pairs), x)
+    with pytest.raises(ValueError, match="KDPM2 evaluates .* fit_grid"):
+        encode(KDPM2(), MIXTURE.denoise, grid, x)
     with pytest.raises(ValueError, match=r"one shape, got \(1, 2\) and \(2, 2\)"):
         slerp(x, jnp.zeros((2, 2)), 0.5)
     with pytest.raises(ValueError, match="got 0 with 'default'"):
