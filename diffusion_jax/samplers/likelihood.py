@@ -61,7 +61,7 @@ def log_likelihood(
     divergence: str = "exact",
     keys: Key | None = None,
     order: int = 2,
-    prior_std: Array | float = 1.0,
+    prior_std: Array | float | None = None,
     log_prior: Callable[[Array, NoiseLevel], Array] | None = None,
 ) -> Likelihood:
     """log p(x) of the data that the probability flow makes of noise.
@@ -82,18 +82,25 @@ def log_likelihood(
         "gaussian") that is drawn for every step anew.
       keys: [B] one key per image, for probes only.
       order: 2 for Heun's method, 1 for Euler's.
-      prior_std: the schedule's `prior_std` at the grid's first level.
+      prior_std: the schedule's `prior_std` at the grid's first level; 1 where None.
       log_prior: (x_T [B, ...], level) -> [B] log density at the first level, in the place of
         N(0, prior_std²).
 
+    Reverse-mode gradients pass on grids with Python bounds (`grid.fixed()`), as in `sample`.
+
     Raises:
-      ValueError: if an option is unknown, keys are missing or given in vain, or the grid starts
-        at alpha = 0 (inside of jit the result is NaN or infinite then).
+      ValueError: if an option is unknown, keys or prior_std are missing or given in vain, the grid
+        has ends of its own, or it starts at alpha = 0 (inside of jit the result is NaN or infinite
+        then).
 
     Source: Song et al. 2021 (arXiv:2011.13456), section 4.3 and appendix D.2, eq. 39; in σ/α:
     Karras et al. 2022 (arXiv:2206.00364), eq. 4.
     """
+    if prior_std is not None and log_prior is not None:
+        raise ValueError("prior_std is that of a normal prior, which log_prior replaces; give one")
     _check(grid, divergence, keys, order)
+    # Under jax_enable_x64 grids are in float64, and would make the state of the loop so too.
+    grid = grid.astype(x.dtype)
     back, size = reverse(grid), math.prod(x.shape[1:])
 
     def slope(u, level, probe):
@@ -123,10 +130,13 @@ def log_likelihood(
 
     data_alpha = jnp.asarray(grid.level(grid.stop).alpha, x.dtype)
     carry = (x / data_alpha, jnp.zeros(x.shape[0], x.dtype))
+    if isinstance(back.stop, int):
+        step = jax.checkpoint(step)
     u, total = jax.lax.fori_loop(0, back.stop, step, carry)
     start = grid.level(grid.start)
     noise = start.alpha * u
-    prior = _log_normal(noise, prior_std) if log_prior is None else log_prior(noise, start)
+    std = 1.0 if prior_std is None else prior_std
+    prior = _log_normal(noise, std) if log_prior is None else log_prior(noise, start)
     # Densities of x and u = x / α differ by the volume, at both ends.
     volume = size * (jnp.log(start.alpha) - jnp.log(data_alpha))
     return Likelihood(prior + total + volume, noise)
@@ -147,6 +157,8 @@ def _check(grid: Grid, divergence: str, keys: Key | None, order: int) -> None:
             "keys are for the probes of 'rademacher' and 'gaussian', and needed there, got "
             f"{'none' if keys is None else 'keys'} with {divergence!r}"
         )
+    if grid.ends is not None:
+        raise ValueError("the flow runs through levels in a row; this grid has ends of its own")
     alpha = grid.level(grid.start).alpha
     if not isinstance(alpha, jax.core.Tracer) and float(alpha) == 0.0:
         raise ValueError(

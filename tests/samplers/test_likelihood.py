@@ -12,6 +12,7 @@ from diffusion_jax.core.schedules import EDM, FlowMatching
 from diffusion_jax.core.timesteps import karras, trailing
 from diffusion_jax.core.types import NoiseLevel, Prediction
 from diffusion_jax.losses.vlb import discretized_gaussian_log_likelihood
+from diffusion_jax.samplers.inversion import reverse
 from diffusion_jax.samplers.likelihood import bits_per_dimension, log_likelihood
 from tests.analytic import MIXTURE, gaussian, gaussian_flow, in_vp
 
@@ -93,8 +94,12 @@ def test_probes_are_right_on_average(divergence):
     found = np.asarray(estimate(image_keys(0, range(512))), np.float64)
     spread = found.std() / np.sqrt(512)
     assert spread > 1e-3 and abs(found.mean() - exact) < 4 * spread
-    np.testing.assert_array_equal(found[:2], estimate(image_keys(0, range(512)))[:2])
-    assert found[0] != found[1]
+    # The probes of an image are its own, whatever the batch.
+    alone = log_likelihood(
+        rotated, grid, x[:2], divergence=divergence, keys=image_keys(0, range(2))
+    )
+    np.testing.assert_allclose(found[:2], alone.log_prob, rtol=1e-5)
+    assert abs(found[0] - found[1]) > 1e-3
 
 
 @pytest.mark.slow
@@ -134,6 +139,38 @@ def test_bits_are_those_of_the_bound():
     np.testing.assert_allclose(bits_per_dimension(6 * density, 6), bits, rtol=1e-6)
 
 
+@pytest.mark.parametrize("divergence", ["exact", "rademacher"])
+def test_gradients_pass_on_grids_with_python_bounds(divergence, x64):
+    """In reverse mode, against central differences of the same steps and the exact score."""
+    grid = karras(EDM(0.05, 10.0), 33, max_steps=40).starting_at(1).fixed()
+    assert isinstance(reverse(grid).stop, int) and reverse(grid).start == 0
+    x, keys = jnp.asarray([[0.4, -0.3], [0.1, 0.2]]), image_keys(0, range(2))
+    std = float(grid.level(1).sigma)
+    options = {} if divergence == "exact" else {"divergence": divergence, "keys": keys}
+
+    @jax.jit
+    def log_prob(x):
+        return log_likelihood(rotated, grid, x, prior_std=std, **options).log_prob
+
+    found = jax.jit(jax.grad(lambda x: jnp.sum(log_prob(x))))(x)
+    for i in range(2):
+        h = 1e-4 * jnp.eye(2)[i][None]
+        slope = (log_prob(x + h) - log_prob(x - h)) / 2e-4
+        np.testing.assert_allclose(found[:, i], slope, rtol=1e-6)
+    covariance = np.asarray([[0.25, 0.225], [0.225, 0.25]]) + 0.05**2 * np.eye(2)
+    np.testing.assert_allclose(found, -np.asarray(x) @ np.linalg.inv(covariance), rtol=0.05)
+
+
+def test_data_in_float32_meets_grids_in_float64(x64):
+    grid = karras(EDM(0.05, 10.0), 5, max_steps=5)
+    assert grid.levels.t.dtype == jnp.float64
+    x = jnp.asarray([[0.4, -0.3]], jnp.float32)
+    out = log_likelihood(rotated, grid, x)
+    assert out.log_prob.dtype == out.noise.dtype == jnp.float32
+    wide = log_likelihood(rotated, grid, x.astype(jnp.float64))
+    np.testing.assert_allclose(out.log_prob, wide.log_prob, rtol=1e-4)
+
+
 GRID = trailing(FlowMatching(), 4, max_steps=4)
 X = jnp.zeros((4, 2))
 
@@ -145,6 +182,13 @@ X = jnp.zeros((4, 2))
         (lambda: log_likelihood(rotated, GRID, X, order=3), r"\(1, 2\), got 3"),
         (lambda: log_likelihood(rotated, GRID, X, divergence="gaussian"), "got none with 'gau"),
         (lambda: log_likelihood(rotated, GRID, X, keys=KEYS), "got keys with 'exact'"),
+        (lambda: log_likelihood(rotated, GRID._replace(ends=GRID.levels), X), "ends of its own"),
+        (
+            lambda: log_likelihood(
+                rotated, GRID, X, prior_std=1.0, log_prior=lambda x, level: x[:, 0]
+            ),
+            "prior_std .* give one",
+        ),
         (lambda: log_likelihood(rotated, GRID, X), r"alpha = 0, .* grid.starting_at\(1\)"),
         (lambda: bits_per_dimension(X[:, 0], 2, half_bin=0.0), "got 0.0 and 2"),
         (lambda: bits_per_dimension(X[:, 0], 0), "and 0"),
