@@ -79,6 +79,8 @@ class Steps:
         while high - low > 1:
             if fits(guess):
                 low = guess
+                # One step more is at least one call more.
+                high = min(high, low + 1 + nfe - counted[low])
                 guess = low + 1
             else:
                 high = guess

@@ -61,10 +61,15 @@ class Drawer:
         self._noise = initial_noise(self._keys, (mixture.dim,))
         self._max_steps = max(cell.nfe for cell in cells(benchmark)) + 1
         self._deterministic: dict[str, bool] = {}
+        # Some spacings cost more than a short run.
+        self._grids: dict[tuple[str, str, int], Grid] = {}
 
     def _grid(self, cell: Cell, num_steps: int) -> Grid:
-        schedule = BENCH_SCHEDULES[cell.schedule]
-        grid = TIMESTEPS[cell.grid](schedule, num_steps, max_steps=self._max_steps)
+        schedule, key = BENCH_SCHEDULES[cell.schedule], (cell.schedule, cell.grid, num_steps)
+        if key not in self._grids:
+            make = TIMESTEPS[cell.grid]
+            self._grids[key] = make(schedule, num_steps, max_steps=self._max_steps)
+        grid = self._grids[key]
         return fit_grid(BENCH_SAMPLERS[cell.sampler], grid, schedule)
 
     def _is_deterministic(self, cell: Cell, grid: Grid, x_T: Array, x: Array) -> bool:
