@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_jax.commands.moments import variance_error
 from diffusion_jax.core.arrays import image_keys
 from diffusion_jax.core.schedules import EDM
 from diffusion_jax.core.timesteps import karras
@@ -22,7 +23,6 @@ from diffusion_jax.samplers import (
 from diffusion_jax.samplers.exponential import ALGORITHMS, difference_weights, moments, phi
 from tests import analytic
 from tests.analytic import MIXTURE
-from tests.moments import variance_error
 from tests.samplers.test_convergence import reference, rms, solve, without_last_step
 
 MAX_STEPS = 769

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_jax.commands.moments import variance_error
 from diffusion_jax.core.arrays import image_keys, per_image_normal
 from diffusion_jax.core.parameterization import X0, EDMPreconditioning, Eps, V
 from diffusion_jax.core.schedules import EDM, Cosine, FlowMatching, Linear, ZeroTerminalSNR
@@ -25,7 +26,6 @@ from diffusion_jax.samplers import (
     sample,
 )
 from tests import analytic
-from tests.moments import variance_error
 from tests.noise import drawn_by
 from tests.samplers.grids import grid_for
 from tests.samplers.test_convergence import SIGMA_MAX, SIGMA_MIN, reference, rms, solve
