@@ -31,6 +31,15 @@ def log_snr(level: NoiseLevel) -> Array:
     return 2.0 * (jnp.log(level.alpha) - jnp.log(level.sigma))
 
 
+def root(x: Array) -> Array:
+    """√max(x, 0), with a gradient of 0 where that is 0 instead of an infinite one.
+
+    Source: none; a convention of this library.
+    """
+    positive = x > 0.0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+
+
 def transition(level: NoiseLevel, next_level: NoiseLevel) -> tuple[Array, Array]:
     """Signal rate and std of q(x_t | x_s), from the cleaner s = next_level to t = level.
 
@@ -40,8 +49,7 @@ def transition(level: NoiseLevel, next_level: NoiseLevel) -> tuple[Array, Array]
     Source: Kingma et al. 2021 (arXiv:2107.00630), appendix A.1.
     """
     alpha = level.alpha / next_level.alpha
-    variance = level.sigma**2 - (alpha * next_level.sigma) ** 2
-    return alpha, jnp.sqrt(jnp.maximum(variance, 0.0))
+    return alpha, root(level.sigma**2 - (alpha * next_level.sigma) ** 2)
 
 
 def posterior_std(level: NoiseLevel, next_level: NoiseLevel) -> Array:

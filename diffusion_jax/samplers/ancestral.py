@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from diffusion_jax.core.arrays import per_image_normal
+from diffusion_jax.core.forward import root
 from diffusion_jax.core.grid import Grid, schedule_time
 from diffusion_jax.core.schedules import NoiseSchedule
 from diffusion_jax.core.types import Array, Key, NoiseLevel
@@ -34,9 +35,9 @@ def ancestral_rates(
     """
     # As σ_s² - up² a small q would be lost to rounding.
     q = jnp.minimum(level.alpha * next_level.sigma / (next_level.alpha * level.sigma), 1.0)
-    kept = jnp.clip(1.0 - eta**2 + (eta * q) ** 2, 0.0, 1.0)
-    new = jnp.minimum(eta * jnp.sqrt((1.0 - q) * (1.0 + q)), 1.0)
-    return next_level.sigma * jnp.sqrt(kept), next_level.sigma * new
+    kept = jnp.minimum(1.0 - eta**2 + (eta * q) ** 2, 1.0)
+    new = jnp.minimum(eta * root((1.0 - q) * (1.0 + q)), 1.0)
+    return next_level.sigma * root(kept), next_level.sigma * new
 
 
 @struct.dataclass

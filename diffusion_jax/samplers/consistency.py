@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from diffusion_jax.core.arrays import per_image_normal
+from diffusion_jax.core.forward import root
 from diffusion_jax.core.grid import Grid, schedule_time
 from diffusion_jax.core.schedules import NoiseSchedule
 from diffusion_jax.core.types import Array, Key, NoiseLevel
@@ -60,7 +61,7 @@ class ConsistencyMultistep:
         del info
         end = next_level.alpha * denoise(state.x, level).x0
         variance = next_level.sigma**2 - (next_level.alpha * self.sigma_min) ** 2
-        std = self.s_noise * jnp.sqrt(jnp.maximum(variance, 0.0))
+        std = self.s_noise * root(variance)
         return SamplerState(end + std * per_image_normal(keys, state.x))
 
 
@@ -167,5 +168,5 @@ class TCD:
         eps = noise_from_x0(state.x, x0, level)
         x = middle.alpha * x0 + middle.sigma * eps
         ratio = next_level.alpha / middle.alpha
-        std = jnp.sqrt(jnp.maximum(next_level.sigma**2 - (ratio * middle.sigma) ** 2, 0.0))
+        std = root(next_level.sigma**2 - (ratio * middle.sigma) ** 2)
         return SamplerState(ratio * x + std * per_image_normal(keys, state.x))

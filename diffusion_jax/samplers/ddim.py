@@ -1,11 +1,10 @@
 """DDIM: a first-order step between any two levels, with as much noise as wanted."""
 
-import jax.numpy as jnp
 from flax import struct
 
 from diffusion_jax.core.arrays import per_image_normal
-from diffusion_jax.core.forward import posterior_std
 from diffusion_jax.core.types import Array, Key, NoiseLevel
+from diffusion_jax.samplers.ancestral import ancestral_rates
 from diffusion_jax.samplers.base import (
     Denoise,
     SamplerState,
@@ -61,8 +60,6 @@ class DDIM:
         del info
         prediction = denoise(state.x, level)
         x0, eps = prediction.x0, predicted_noise(prediction, state.x, level, self.noise_from)
-        std = self.eta * posterior_std(level, next_level)
-        # At eta = 1 rounding can leave a tiny negative number here.
-        towards_x_t = jnp.sqrt(jnp.maximum(next_level.sigma**2 - std**2, 0.0))
+        towards_x_t, std = ancestral_rates(level, next_level, self.eta)
         noise = per_image_normal(keys, state.x)
         return SamplerState(next_level.alpha * x0 + towards_x_t * eps + std * noise)

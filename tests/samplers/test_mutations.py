@@ -145,14 +145,20 @@ MISTAKES = {
     ),
     "noise beyond the level": Mistake(
         ancestral,
-        "new = jnp.minimum(eta * jnp.sqrt((1.0 - q) * (1.0 + q)), 1.0)",
-        "new = eta * jnp.sqrt((1.0 - q) * (1.0 + q))",
+        "new = jnp.minimum(eta * root((1.0 - q) * (1.0 + q)), 1.0)",
+        "new = eta * root((1.0 - q) * (1.0 + q))",
         ancestral_step_keeps_the_level,
     ),
     "a variance for a standard deviation": Mistake(
+        ancestral,
+        "next_level.sigma * new",
+        "next_level.sigma * new**2",
+        ancestral_step_keeps_the_level,
+    ),
+    "the noise that is kept and that is added exchanged": Mistake(
         ddim,
-        "std = self.eta * posterior_std(level, next_level)",
-        "std = self.eta * posterior_std(level, next_level) ** 2",
+        "towards_x_t, std = ancestral_rates(",
+        "std, towards_x_t = ancestral_rates(",
         ddim_is_ancestral_at_eta_1,
     ),
     "noise of the x0 before clipping": Mistake(

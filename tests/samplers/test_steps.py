@@ -20,6 +20,7 @@ from diffusion_jax.samplers import (
     sample,
 )
 from tests.analytic import MIXTURE, gaussian
+from tests.noise import drawn_by
 
 KEYS = image_keys(0, range(4))
 INFO = StepInfo(0, 0, 1)
@@ -47,6 +48,16 @@ def test_ddim_at_eta_one_is_ddpm_with_small_variance():
     """The same keys give the same pictures, although the two compute quite differently."""
     ddim, ddpm = both_ancestral(gaussian(0.3, 0.5), initial_noise(KEYS, (1,)))
     np.testing.assert_allclose(ddim, ddpm, rtol=0, atol=2e-6)
+
+
+def test_ddim_at_eta_one_keeps_its_digits_where_little_noise_is_kept():
+    """q = r_s/r_t of the next level's noise, with r = σ/α, which σ_s² - std² would round away."""
+    here, there = (NoiseLevel(*map(jnp.float32, (0.0, a, s))) for a, s in ((1e-3, 1.0), (0.6, 0.8)))
+    with drawn_by(lambda keys, x: jnp.zeros_like(x)):
+        x = jnp.full((1, 1), 1.0)
+        sampler = DDIM(eta=1.0)
+        out = sampler.step(KEYS[:1], constant(0.0), sampler.init(x), here, there, INFO).x
+    np.testing.assert_allclose(out, [[0.8 * (1e-3 * 0.8 / 0.6)]], rtol=1e-6)
 
 
 @pytest.mark.slow
