@@ -8,7 +8,8 @@ from diffusion_jax.core.arrays import per_image_normal
 from diffusion_jax.core.types import Array, Key, NoiseLevel
 from diffusion_jax.samplers import exponential
 from diffusion_jax.samplers.base import Denoise, StepInfo
-from diffusion_jax.samplers.exponential import SOLVER_TYPES, VARIANTS, check_choice
+from diffusion_jax.samplers.exponential import SOLVER_TYPES, VARIANTS
+from diffusion_jax.samplers.options import check_choice
 
 ALGORITHMS = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++")
 
@@ -75,9 +76,9 @@ class DPMSolverSinglestep:
     Attributes:
       order: 1, 2 or 3.
       algorithm: "dpmsolver++" (integrates x̂0), "dpmsolver" (ε̂) or "sde-dpmsolver++".
-      solver_type: "midpoint" or "heun".
+      solver_type: "midpoint" or "heun"; without effect at order 1.
       lower_order_final: the last step is of order 1 also where N is divisible by the order. With
-        order 3 that is the paper's "DPM-Solver-fast".
+        order 3 that is the paper's "DPM-Solver-fast". Without effect at order 1.
       variant: "default", or "reference" for diffusers 0.42.1: blocks are counted from step 0 of
         the grid, not from the step that sampling starts at, and the SDE is as said above.
 

@@ -7,7 +7,8 @@ from diffusion_jax.core.arrays import per_image_normal
 from diffusion_jax.core.types import Array, Key, NoiseLevel
 from diffusion_jax.samplers import exponential
 from diffusion_jax.samplers.base import Denoise, StepInfo
-from diffusion_jax.samplers.exponential import SOLVER_TYPES, VARIANTS, check_choice
+from diffusion_jax.samplers.exponential import SOLVER_TYPES, VARIANTS
+from diffusion_jax.samplers.options import check_choice, check_count
 
 
 @struct.dataclass
@@ -48,9 +49,9 @@ class DPMSolverMultistep:
       order: 1, 2 or 3.
       algorithm: "dpmsolver++" (integrates x̂0), "dpmsolver" (ε̂), "sde-dpmsolver++" or
         "sde-dpmsolver".
-      solver_type: "midpoint" or "heun", of steps of order 2.
+      solver_type: "midpoint" or "heun", of steps of order 2; without effect at order 1.
       lower_order_below: on grids with fewer steps the last but one is of order 2 at most and the
-        last of order 1; 0 for never.
+        last of order 1; 0 for never. Without effect at order 1.
       euler_at_final: the last step is of order 1 on every grid.
       variant: "default", or "reference" for the third order of diffusers 0.42.1; the same at
         orders 1 and 2.
@@ -75,10 +76,7 @@ class DPMSolverMultistep:
         check_choice("algorithm", self.algorithm, exponential.ALGORITHMS)
         check_choice("solver_type", self.solver_type, SOLVER_TYPES)
         check_choice("variant", self.variant, VARIANTS)
-        if not isinstance(self.lower_order_below, int) or self.lower_order_below < 0:
-            raise ValueError(
-                f"lower_order_below must be an integer of at least 0, got {self.lower_order_below}"
-            )
+        check_count("lower_order_below", self.lower_order_below)
         if (self.order, self.algorithm, self.variant) == (3, "sde-dpmsolver", "reference"):
             raise ValueError(
                 "diffusers has no 'sde-dpmsolver' of order 3 to refer to; use variant='default'"

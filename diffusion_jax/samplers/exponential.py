@@ -40,15 +40,6 @@ SOLVER_TYPES = ("midpoint", "heun")
 VARIANTS = ("default", "reference")
 
 
-def check_choice(name: str, value: object, allowed: tuple) -> None:
-    """Raises ValueError unless the value is one of those allowed.
-
-    Source: none; a convention of this library.
-    """
-    if isinstance(value, bool) or value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
-
-
 class FirstStep(NamedTuple):
     """The step with m held constant, as x_s = of_x · x + of_x0 · x̂0 + std · z, every field [].
 

@@ -17,6 +17,7 @@ from diffusion_jax.samplers.linear_multistep import (
     runge_kutta_step,
     usable_nodes,
 )
+from diffusion_jax.samplers.options import check_choice
 
 
 @struct.dataclass
@@ -47,8 +48,7 @@ class LMS:
     start: str = struct.field(pytree_node=False, default="euler")
 
     def __post_init__(self):
-        if self.order not in (1, 2, 3, 4):
-            raise ValueError(f"order must be 1, 2, 3 or 4, got {self.order}")
+        check_choice("order", self.order, (1, 2, 3, 4))
         check_start(self.start)
 
     @property

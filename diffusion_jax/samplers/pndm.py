@@ -11,6 +11,7 @@ from diffusion_jax.samplers.linear_multistep import (
     integral_beyond_euler,
     usable_nodes,
 )
+from diffusion_jax.samplers.options import check_choice
 
 QUANTITIES = ("eps", "v")
 VARIANTS = ("default", "reference")
@@ -105,8 +106,7 @@ class PNDM:
     extrapolates: str = struct.field(pytree_node=False, default="eps")
 
     def __post_init__(self):
-        if self.extrapolates not in QUANTITIES:
-            raise ValueError(f"extrapolates must be one of {QUANTITIES}, got {self.extrapolates!r}")
+        check_choice("extrapolates", self.extrapolates, QUANTITIES)
 
     @property
     def middle(self) -> str | None:
@@ -214,10 +214,8 @@ class IPNDM:
     variant: str = struct.field(pytree_node=False, default="default")
 
     def __post_init__(self):
-        if self.order not in (1, 2, 3, 4):
-            raise ValueError(f"order must be 1, 2, 3 or 4, got {self.order}")
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {VARIANTS}, got {self.variant!r}")
+        check_choice("order", self.order, (1, 2, 3, 4))
+        check_choice("variant", self.variant, VARIANTS)
 
     def init(self, x_T: Array) -> CountedHistory:
         return _begin(x_T, self.order - 1)

@@ -6,7 +6,7 @@ from flax import struct
 from diffusion_jax.core.types import Array, Key, NoiseLevel
 from diffusion_jax.samplers import exponential
 from diffusion_jax.samplers.base import Denoise, StepInfo
-from diffusion_jax.samplers.exponential import check_choice
+from diffusion_jax.samplers.options import check_choice
 
 # What is integrated, in the words of DPM-Solver.
 _ALGORITHMS = {"x0": "dpmsolver++", "eps": "dpmsolver"}
@@ -52,11 +52,12 @@ class UniPC:
 
     Attributes:
       order: p, 1, 2 or 3.
-      solver_type: "bh1" or "bh2".
+      solver_type: "bh1" or "bh2"; without effect at order 1 without the corrector.
       predict: "x0" or "eps", what is integrated.
       corrector: False for UniP alone.
       disable_corrector: indices of steps whose result is not corrected.
-      lower_order_final: the last step is of order 1, the one before of order 2 at most.
+      lower_order_final: the last step is of order 1, the one before of order 2 at most; without
+        effect at order 1.
 
     Raises:
       ValueError: if an option is none of these.

@@ -325,6 +325,8 @@ def test_variance_of_2m_sde(x64):
     [
         (lambda: M(4), "order must be one of .*got 4"),
         (lambda: M(True), "order"),
+        (lambda: M(2.0), "order must be one of .*got 2.0"),
+        (lambda: M(lower_order_below=True), "lower_order_below.*got True"),
         (lambda: M(algorithm="dpm"), "algorithm.*'dpm'"),
         (lambda: M(solver_type="rk"), "solver_type.*'rk'"),
         (lambda: M(lower_order_below=-1), "lower_order_below.*-1"),
