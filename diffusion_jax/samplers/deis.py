@@ -1,6 +1,5 @@
 """DEIS: past noise predictions interpolated in log(σ/α), integrated in σ/α."""
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from diffusion_jax.core.types import Array, Key, NoiseLevel
+from diffusion_jax.samplers import exponential
 from diffusion_jax.samplers.base import Denoise, StepInfo, need_middle, noise_from_x0
 from diffusion_jax.samplers.linear_multistep import (
     NoiseHistory,
@@ -19,32 +19,7 @@ from diffusion_jax.samplers.linear_multistep import (
     runge_kutta_step,
     usable_nodes,
 )
-
-# Terms of the series of e^{hτ} that |h| < 1 needs in float64.
-_TERMS = 18
-
-
-def exponential_moments(h: Array, count: int) -> list[Array]:
-    """∫_0^1 e^{hτ} τ^k dτ for k = 1 … count.
-
-    By parts, m_k = (e^h - k m_{k-1}) / h. For small h, where that cancels, by the series
-    Σ_n h^n / (n! (n + k + 1)).
-
-    Args:
-      h: [].
-
-    Source: none; calculus.
-    """
-    small = jnp.abs(h) < 1.0
-    far, near = jnp.where(small, 1.0, h), jnp.where(small, h, 0.0)
-    moments, by_parts = [], jnp.expm1(far) / far
-    for k in range(1, count + 1):
-        by_parts = (jnp.exp(far) - k * by_parts) / far
-        series = jnp.zeros_like(h)
-        for n in reversed(range(_TERMS)):
-            series = series * near + 1.0 / (math.factorial(n) * (n + k + 1))
-        moments.append(jnp.where(small, series, by_parts))
-    return moments
+from diffusion_jax.samplers.options import check_choice, check_count
 
 
 def _up_to_order(usable: Sequence[Array], limit: Array) -> list[Array]:
@@ -66,7 +41,7 @@ class DEIS:
       order: 1 to 4, how many predictions are used.
       start: what the first order - 1 steps are: "euler" or "runge_kutta", see `LMS`.
       lower_order_below: on grids with fewer steps the last one is of order 1, the one before of
-        order 2 at most, and so on; 0 for never.
+        order 2 at most, and so on; 0 for never. Without effect at order 1.
 
     Raises:
       ValueError: if the order or the start is another, or lower_order_below is negative.
@@ -80,13 +55,9 @@ class DEIS:
     lower_order_below: int = struct.field(pytree_node=False, default=15)
 
     def __post_init__(self):
-        if self.order not in (1, 2, 3, 4):
-            raise ValueError(f"order must be 1, 2, 3 or 4, got {self.order}")
+        check_choice("order", self.order, (1, 2, 3, 4))
         check_start(self.start)
-        if self.lower_order_below < 0:
-            raise ValueError(
-                f"lower_order_below is a number of steps, 0 for never, got {self.lower_order_below}"
-            )
+        check_count("lower_order_below", self.lower_order_below)
 
     @property
     def middle(self) -> str | None:
@@ -110,19 +81,17 @@ class DEIS:
         ratio, end = noise_to_signal(level), noise_to_signal(next_level)
         finite = jnp.isfinite(ratio) & (end > 0)
         here = jnp.where(finite, ratio, 1.0)
-        h = jnp.log(jnp.where(finite, end, 1.0)) - jnp.log(here)
+        h = jnp.log(here) - jnp.log(jnp.where(finite, end, 1.0))
         unit = jnp.where(h == 0, 1.0, h)
-        nodes = [jnp.where(finite, jnp.log(r / here), jnp.inf) / unit for r in state.ratio]
+        nodes = [jnp.where(finite, jnp.log(here / r), -jnp.inf) / unit for r in state.ratio]
         usable = usable_nodes(nodes)
 
         def multistep(euler):
             few = info.stop < self.lower_order_below
             limit = jnp.where(few, info.stop - info.index, self.order)
-            moments = exponential_moments(h, self.order - 1)
-            more = integral_beyond_euler(
-                eps, state.eps, nodes, _up_to_order(usable, limit), moments
-            )
-            return euler + next_level.alpha * here * h * more
+            _, *moments = exponential.moments("dpmsolver", h, next_level, self.order - 1)
+            allowed = _up_to_order(usable, limit)
+            return euler + integral_beyond_euler(eps, state.eps, nodes, allowed, moments)
 
         x = next_level.alpha * x0 + next_level.sigma * eps
         if self.middle is None:

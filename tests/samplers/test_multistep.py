@@ -13,7 +13,7 @@ from diffusion_jax.core.schedules import EDM
 from diffusion_jax.core.timesteps import karras
 from diffusion_jax.core.types import NoiseLevel, Prediction
 from diffusion_jax.samplers import DEIS, IPNDM, LMS, PNDM, StepInfo, fit_grid, sample
-from diffusion_jax.samplers.deis import exponential_moments
+from diffusion_jax.samplers.exponential import moments
 from diffusion_jax.samplers.pndm import transfer
 from tests import analytic
 from tests.analytic import MIXTURE
@@ -23,7 +23,15 @@ RUNGE_KUTTA = "runge_kutta"
 GAUSSIAN = analytic.gaussian(0.4, 0.7)
 EVEN = np.linspace(6.0, 0.0, 13)
 LENGTH = 17
-MOMENTS = jax.jit(lambda h: exponential_moments(h, 3))
+
+
+@jax.jit
+def moments_in_log_ratio(h):
+    """h ∫_0^1 e^{hτ} τ^k dτ for k = 1, 2, 3: what DEIS takes, from σ/α = 1 over h = log(σ/α)."""
+    end = NoiseLevel(jnp.zeros_like(h), jnp.ones_like(h), jnp.exp(h))
+    return moments("dpmsolver", -h, end, 3)[1:]
+
+
 UNEVEN = np.asarray([6.0, 4.9, 3.2, 2.9, 1.7, 1.3, 0.4, 0.1])
 
 
@@ -112,13 +120,13 @@ def test_deis_lowers_its_order_at_the_end_of_short_grids(x64):
 
 
 @pytest.mark.parametrize("h", [-30.0, -3.0, -1.0, -0.99, -1e-2, -1e-6, 0.0, 0.5, 2.0])
-def test_exponential_moments(h, x64):
+def test_moments_in_log_ratio(h, x64):
     """Against Gauss-Legendre quadrature; float32 keeps its digits for small steps."""
     nodes, weights = np.polynomial.legendre.leggauss(60)
     tau = (nodes + 1) / 2
-    exact = [np.sum(weights / 2 * np.exp(h * tau) * tau**k) for k in (1, 2, 3)]
-    np.testing.assert_allclose(MOMENTS(jnp.float64(h)), exact, rtol=1e-13)
-    np.testing.assert_allclose(MOMENTS(jnp.float32(h)), exact, rtol=3e-6)
+    exact = [h * np.sum(weights / 2 * np.exp(h * tau) * tau**k) for k in (1, 2, 3)]
+    np.testing.assert_allclose(moments_in_log_ratio(jnp.float64(h)), exact, rtol=1e-13)
+    np.testing.assert_allclose(moments_in_log_ratio(jnp.float32(h)), exact, rtol=3e-6)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
@@ -369,12 +377,17 @@ def test_ipndm_as_published_loses_x0_where_there_is_no_signal(x64):
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: LMS(5), "order must be 1, 2, 3 or 4, got 5"),
+        (lambda: LMS(5), "order must be one of .*got 5"),
+        (lambda: LMS(2.0), "order must be one of .*got 2.0"),
+        (lambda: LMS(True), "order must be one of .*got True"),
         (lambda: LMS(start="heun"), "'euler', 'runge_kutta'.*'heun'"),
-        (lambda: DEIS(0), "order must be 1, 2, 3 or 4, got 0"),
-        (lambda: DEIS(lower_order_below=-1), "0 for never, got -1"),
+        (lambda: DEIS(0), "order must be one of .*got 0"),
+        (lambda: DEIS(True), "order must be one of .*got True"),
+        (lambda: DEIS(lower_order_below=2.5), "at least 0, got 2.5"),
+        (lambda: DEIS(lower_order_below=-1), "at least 0, got -1"),
         (lambda: PNDM(extrapolates="x0"), "'eps', 'v'.*'x0'"),
-        (lambda: IPNDM(0), "order must be 1, 2, 3 or 4, got 0"),
+        (lambda: IPNDM(0), "order must be one of .*got 0"),
+        (lambda: IPNDM(True), "order must be one of .*got True"),
         (lambda: IPNDM(variant="exact"), "'default', 'reference'.*'exact'"),
     ],
 )
