@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 
@@ -13,6 +12,8 @@ from diffusion_jax.core.grid import Grid, schedule_time
 from diffusion_jax.core.schedules import NoiseSchedule
 from diffusion_jax.core.types import Array, Key, NoiseLevel
 from diffusion_jax.samplers.base import Denoise, SamplerState, StepInfo, need_middle, noise_from_x0
+from diffusion_jax.samplers.kdpm2 import midpoint_step
+from diffusion_jax.samplers.options import check_choice
 
 
 def ancestral_rates(
@@ -122,10 +123,7 @@ class KDPM2Ancestral:
     variant: str = struct.field(pytree_node=False, default="next_level")
 
     def __post_init__(self):
-        if self.variant not in KDPM2_ANCESTRAL_VARIANTS:
-            raise ValueError(
-                f"variant must be one of {KDPM2_ANCESTRAL_VARIANTS}, got {self.variant!r}"
-            )
+        check_choice("variant", self.variant, KDPM2_ANCESTRAL_VARIANTS)
 
     @property
     def middle(self) -> Callable[[Grid, NoiseSchedule], NoiseLevel] | None:
@@ -150,17 +148,6 @@ class KDPM2Ancestral:
         info: StepInfo,
     ) -> SamplerState:
         middle = need_middle(self, info) if self.variant == "reference" else next_level
-        x0 = denoise(state.x, level).x0
-        eps = noise_from_x0(state.x, x0, level)
         down, up = ancestral_rates(level, next_level)
-
-        def midpoint(_):
-            x = middle.alpha * x0 + middle.sigma * eps
-            slope = noise_from_x0(x, denoise(x, middle).x0, middle)
-            ratio = next_level.alpha / jnp.where(level.alpha > 0, level.alpha, 1.0)
-            return ratio * state.x + (down - level.sigma * ratio) * slope
-
-        euler = next_level.alpha * x0 + down * eps
-        has_middle = (level.alpha > 0) & (next_level.sigma > 0)
-        x = jax.lax.cond(has_middle, midpoint, lambda x: x, euler)
+        x = midpoint_step(state.x, denoise, level, middle, next_level, down)
         return SamplerState(x + self.s_noise * up * per_image_normal(keys, state.x))

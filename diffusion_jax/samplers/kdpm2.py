@@ -8,6 +8,39 @@ from diffusion_jax.core.types import Array, Key, NoiseLevel
 from diffusion_jax.samplers.base import Denoise, SamplerState, StepInfo, need_middle, noise_from_x0
 
 
+def midpoint_step(
+    x: Array,
+    denoise: Denoise,
+    level: NoiseLevel,
+    middle: NoiseLevel,
+    next_level: NoiseLevel,
+    down: Array,
+) -> Array:
+    """x_s without new noise: Euler's step to `middle`, and from x on with the slope there.
+
+    x_s = (α_s/α_t) x_t + (down - σ_t α_s/α_t) ε̂_m. Euler's step α_s x̂0 + down ε̂ where a log-SNR
+    is infinite.
+
+    Args:
+      x: [B, ...] at `level`.
+      down: [] the noise rate to arrive at, at most that of the next level.
+
+    Source: Karras et al. 2022 (arXiv:2206.00364), appendix D.2.
+    """
+    x0 = denoise(x, level).x0
+    eps = noise_from_x0(x, x0, level)
+
+    def midpoint(_):
+        inside = middle.alpha * x0 + middle.sigma * eps
+        slope = noise_from_x0(inside, denoise(inside, middle).x0, middle)
+        ratio = next_level.alpha / jnp.where(level.alpha > 0, level.alpha, 1.0)
+        return ratio * x + (down - level.sigma * ratio) * slope
+
+    euler = next_level.alpha * x0 + down * eps
+    has_middle = (level.alpha > 0) & (next_level.sigma > 0)
+    return jax.lax.cond(has_middle, midpoint, lambda x: x, euler)
+
+
 @struct.dataclass
 class KDPM2:
     """Second-order method that takes the slope halfway through the step, DPM-Solver-2 at r1 = 1/2.
@@ -37,15 +70,5 @@ class KDPM2:
     ) -> SamplerState:
         del keys
         middle = need_middle(self, info)
-        x0 = denoise(state.x, level).x0
-        eps = noise_from_x0(state.x, x0, level)
-
-        def midpoint(_):
-            x = middle.alpha * x0 + middle.sigma * eps
-            slope = noise_from_x0(x, denoise(x, middle).x0, middle)
-            ratio = next_level.alpha / jnp.where(level.alpha > 0, level.alpha, 1.0)
-            return ratio * state.x + (next_level.sigma - level.sigma * ratio) * slope
-
-        euler = next_level.alpha * x0 + next_level.sigma * eps
-        has_middle = (level.alpha > 0) & (next_level.sigma > 0)
-        return SamplerState(jax.lax.cond(has_middle, midpoint, lambda x: x, euler))
+        x = midpoint_step(state.x, denoise, level, middle, next_level, next_level.sigma)
+        return SamplerState(x)
