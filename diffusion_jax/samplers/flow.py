@@ -58,7 +58,8 @@ class Renoise:
 
     x_s = α_s x̂0 + σ_s z. No noise of x_t is kept, more than the reverse process replaces: right
     for models that map noise to data in few steps, while for others the errors of x̂0 are drawn
-    anew in each step and do not vanish with many.
+    anew in each step and do not vanish with many. The same as ConsistencyMultistep(0.0, 1.0), and
+    as LCM(sigma_data=0.0), under the name that flow models know it by.
 
     Source: Song et al. 2023 (arXiv:2303.01469), algorithm 1; "stochastic_sampling" of
     diffusers' flow-matching Euler scheduler.

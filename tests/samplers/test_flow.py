@@ -12,6 +12,8 @@ from diffusion_jax.core.schedules import EDM, FlowMatching
 from diffusion_jax.core.timesteps import from_times, karras
 from diffusion_jax.core.types import NoiseLevel, Prediction
 from diffusion_jax.samplers import (
+    LCM,
+    ConsistencyMultistep,
     Euler,
     EulerAncestral,
     FlowHeun,
@@ -146,6 +148,17 @@ def test_renoise_is_euler_ancestral_with_all_noise_new(x64):
     out = one_step(Renoise(), here, there, jnp.asarray(X))
     ancestral = one_step(EulerAncestral(eta=1e3), here, there, jnp.asarray(X))
     np.testing.assert_allclose(out, ancestral, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "other", [ConsistencyMultistep(0.0, 1.0), LCM(sigma_data=0.0)], ids=["consistency", "lcm"]
+)
+def test_renoise_is_multistep_consistency_sampling_to_clean_data(other, x64):
+    for here, there in ((0.7, 0.3), (0.2, 0.0)):
+        outs = [
+            one_step(s, straight(here), straight(there), jnp.asarray(X)) for s in (Renoise(), other)
+        ]
+        np.testing.assert_allclose(*outs, rtol=0, atol=1e-14)
 
 
 def test_renoise_is_exact_where_the_prediction_is_a_sample(x64):
