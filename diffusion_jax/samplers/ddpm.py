@@ -104,6 +104,11 @@ class DDPM:
         )
         return mean, jnp.exp(0.5 * log_variance)
 
+    def adds_noise(self, level: NoiseLevel, next_level: NoiseLevel) -> Array:
+        """Whether the step draws noise, [] bool."""
+        at_end = next_level.sigma == 0
+        return ~(at_end & (level.t == 0) if self.noise_at_end else at_end)
+
     def step(
         self,
         keys: Key,
@@ -115,6 +120,5 @@ class DDPM:
     ) -> SamplerState:
         del info
         mean, std = self.moments(denoise(state.x, level), state.x, level, next_level)
-        at_end = next_level.sigma == 0
-        std = jnp.where(at_end & (level.t == 0) if self.noise_at_end else at_end, 0.0, std)
+        std = jnp.where(self.adds_noise(level, next_level), std, 0.0)
         return SamplerState(mean + std * per_image_normal(keys, state.x))

@@ -17,8 +17,8 @@ class MeanShift:
     """Draws x_s ~ N(μ + Σ g(x_t), Σ), with μ and Σ of ancestral sampling.
 
     g is taken at x_t and its own level, not at μ. No noise is added in a step that ends at
-    sigma = 0; the mean is moved there too, by Σ as `DDPM.moments` gives it. With
-    g = scale · ∇_{x_t} log p(y | x_t) this is classifier guidance. As the steps become many it
+    sigma = 0, unless the sampler has noise_at_end; the mean is moved there too, by Σ as
+    `DDPM.moments` gives it. With g = scale · ∇_{x_t} log p(y | x_t) this is classifier guidance. As the steps become many it
     agrees with guidance of the score: for the variance "large" its shift is α_t / α_s times
     that of the score.
 
@@ -71,5 +71,5 @@ class MeanShift:
         gradient = self.gradient(x, level)
         if gradient.shape != x.shape:
             raise ValueError(f"the gradient has shape {gradient.shape} for x of shape {x.shape}")
-        noise = jnp.where(next_level.sigma == 0, 0.0, std) * per_image_normal(keys, x)
-        return state.replace(x=mean + std**2 * gradient + noise)
+        noise = jnp.where(self.sampler.adds_noise(level, next_level), std, 0.0)
+        return state.replace(x=mean + std**2 * gradient + noise * per_image_normal(keys, x))

@@ -87,6 +87,16 @@ def test_the_last_step_has_no_noise(variance):
         np.testing.assert_allclose(outs[0], expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("t", [0, 30])
+def test_noise_at_the_end_is_that_of_the_sampler(t):
+    """With noise_at_end the last step is noisy unless it starts at t = 0."""
+    sampler = DDPM("large", noise_at_end=True)
+    shifted = MeanShift(sampler, lambda x, level: jnp.zeros_like(x))
+    out, other = (step(shifted, level_at(t), CLEAN, image_keys(seed, range(4))) for seed in (0, 1))
+    np.testing.assert_array_equal(out, step(sampler, level_at(t), CLEAN))
+    assert np.array_equal(out, other) == (t == 0)
+
+
 def test_the_gradient_is_taken_where_the_step_begins():
     """At x_t and its level, not at the mean or the next level."""
     seen, here = [], level_at(600)
