@@ -18,9 +18,9 @@ class MeanShift:
 
     g is taken at x_t and its own level, not at μ. No noise is added in a step that ends at
     sigma = 0, unless the sampler has noise_at_end; the mean is moved there too, by Σ as
-    `DDPM.moments` gives it. With g = scale · ∇_{x_t} log p(y | x_t) this is classifier guidance. As the steps become many it
-    agrees with guidance of the score: for the variance "large" its shift is α_t / α_s times
-    that of the score.
+    `DDPM.moments` gives it. With g = scale · ∇_{x_t} log p(y | x_t) this is classifier guidance.
+    As the steps become many it agrees with guidance of the score: for the variance "large" its
+    shift is α_t / α_s times that of the score.
 
     Build it inside of the compiled function: a new gradient function compiles anew.
 
