@@ -18,6 +18,7 @@ INSTALL = [
     "chex>=0.1.92,<0.2",
     "safetensors>=0.7",
     "numpy>=2.0",
+    "scipy>=1.13",
     "Pillow",
     "tqdm",
     "grain>=0.2.18,<0.3",

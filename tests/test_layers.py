@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "conditioners": ("core", "models"),
     "systems": ("core", "samplers", "guidance", "losses", "models", "conditioners"),
 }
-CORE_LIBRARIES = ("jax", "numpy", "flax.struct", "flax.traverse_util", "chex")
+CORE_LIBRARIES = ("jax", "numpy", "flax.struct", "flax.traverse_util", "chex", "scipy.special")
 FORBIDDEN = ("torch", "torchvision", "tensorflow", "keras")
 # The one converter of pickled checkpoints, and its test, need torch to read them.
 MAY_IMPORT_TORCH = ("diffusion_jax/io/convert.py", "tests/io/test_convert.py")

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
 
 from diffusion_jax.core.grid import Grid
 from diffusion_jax.core.schedules import (
@@ -15,6 +14,7 @@ from diffusion_jax.core.schedules import (
     ScaledLinear,
     ZeroTerminalSNR,
 )
+from diffusion_jax.core.spacings import beta_quantiles
 from diffusion_jax.core.types import NoiseLevel
 from diffusion_jax.pretrained.schedulers.table_steps import (
     Published,
@@ -99,7 +99,7 @@ def respaced(kind: str, low: float, high: float, count: int) -> np.ndarray:
         least, most = float(np.log(np.float32(low))), float(np.log(np.float32(high)))
         return np.exp(most + ramp * (least - most))
     if kind == "beta":
-        return low + scipy.stats.beta.ppf(1.0 - ramp, 0.6, 0.6) * (high - low)
+        return low + beta_quantiles(1.0 - ramp, 0.6, 0.6) * (high - low)
     raise ValueError(f"respacing must be one of {RESPACINGS}, got {kind!r}")
 
 
