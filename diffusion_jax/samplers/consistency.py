@@ -127,8 +127,8 @@ class TCD:
     At eta = 0 it is DDIM, at eta = 1 LCM without its boundary but with the least noise in x̂0.
 
     Attributes:
-      eta: γ in the paper, in [0, 1]. `fit_grid` puts the levels m into the grid: fit the grid
-        again after changing eta.
+      eta: γ in the paper, in [0, 1]. `fit_grid` puts the levels m into the grid: after
+        changing eta fit the grid as it was made, a fitted one keeps its levels.
 
     Source: Zheng et al. 2024 (arXiv:2402.19159), algorithm 4 ("strategic stochastic sampling").
     """

@@ -157,10 +157,12 @@ class DPMSolverSinglestep:
         _, inner = exponential.known(block, here, end)
         return jnp.minimum(order, 1 + started + inner)
 
-    def _weights(self, state, here, start, next_level, order) -> tuple[Array, Array]:
+    def _weights(
+        self, state, here, start, next_level, order
+    ) -> tuple[Array | float, Array | float]:
         """Factors of the differences to the start, of the second level and of this one."""
         if self.order == 1:
-            return jnp.zeros(()), jnp.zeros(())
+            return 0.0, 0.0
         second, third = order == 2, order == 3
         safe = order > 1
         beginning = jnp.where(safe, start.half_log_snr, 0.0)
@@ -171,9 +173,9 @@ class DPMSolverSinglestep:
         slope = constant / 2 if self.solver_type == "midpoint" else moments[0]
         of_second = jnp.where(second, slope / to_here, 0.0)
         if self.order == 2:
-            return jnp.zeros(()), of_second
+            return 0.0, of_second
         if self.solver_type == "midpoint":
-            return jnp.zeros(()), jnp.where(third, moments[0] / to_here, of_second)
+            return 0.0, jnp.where(third, moments[0] / to_here, of_second)
         if self.variant == "reference" and exponential.is_sde(self.algorithm):
             # The sign error: 1/2 is subtracted where it should be added.
             moments[1] = moments[1] - 2.0 * next_level.alpha

@@ -262,6 +262,16 @@ def test_gradients_pass_through_sampling(name, x64, monkeypatch):
     assert np.all(np.isfinite(gradient)) and np.all(gradient[0] != 0)
 
 
+@pytest.mark.slow
+@every_row
+def test_float32_stays_where_float64_is_on(name, x64):
+    grid = fit_grid(ROWS[name], trailing(SCHEDULE, 4, max_steps=4), SCHEDULE)
+    x, keys = inputs(2)
+    cond, _ = conditions([1, 1])
+    denoise = jax.jit(lambda x, level: v_denoiser(x, level, cond))
+    assert x.dtype == sample(ROWS[name], denoise, grid, x, keys)[0].dtype == jnp.float32
+
+
 @every_row
 def test_low_precision_states_are_refused(name):
     x, keys = inputs()
