@@ -73,7 +73,9 @@ class DiscreteSchedule:
 
     def __call__(self, t: Array) -> NoiseLevel:
         xp = numpy_like(t)
-        alphas, sigmas, log_snrs = (xp.asarray(table) for table in _tables(self))
+        # Copies, because jax remembers what an array object became: float32 for ever after a
+        # first use without jax_enable_x64.
+        alphas, sigmas, log_snrs = (xp.asarray(table.copy()) for table in _tables(self))
         t = xp.clip(xp.asarray(t, alphas.dtype), self.t_min, self.t_max)
         below = xp.floor(t).astype(xp.int32)
         above = xp.minimum(below + 1, self.num_timesteps - 1)
