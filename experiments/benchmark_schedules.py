@@ -6,7 +6,7 @@ python -m experiments.benchmark_schedules --out runs/bench
 The data is a mixture of three Gaussians in the plane, whose denoiser is exact: what is measured is
 the error of schedules, grids and samplers alone. CONFIG compares every schedule on every grid with
 a sampler of first and one of second order, and every sampler on three usual pairs of schedule and
-grid: about 560 cells. The folder keeps what was computed.
+grid: about 570 cells. The folder keeps what was computed.
 """
 
 import sys
