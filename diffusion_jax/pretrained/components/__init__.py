@@ -1,0 +1,11 @@
+"""The released classes of network that are read and written here, by their names in files."""
+
+from collections.abc import Mapping
+
+from diffusion_jax.pretrained.components.base import Component
+
+__all__ = ["COMPONENTS", "Component"]
+
+# Keys are what `_class_name` of a diffusers config.json and `architectures` of a transformers
+# config.json say. One row per class; no string of a file becomes code outside this table.
+COMPONENTS: Mapping[str, Component] = {}
