@@ -1,6 +1,7 @@
 """Runs this library's samplers beside diffusers' schedulers, on the same problem.
 
 python benchmarks/samplers_against_diffusers.py            # needs torch, diffusers, tqdm
+python benchmarks/samplers_against_diffusers.py --only "DPM++ 2M" --steps 97 107 117
 python benchmarks/samplers_against_diffusers.py speed
 
 The first form solves a mixture of Gaussians, whose denoiser and probability flow are exact, from
@@ -14,10 +15,10 @@ steps makes smaller.
 "speed" times 20 steps around a tiny network.
 """
 
+import argparse
 import statistics
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -144,16 +145,17 @@ def error_to_flow(scheduler, grid: Grid, x: jax.Array, produced: np.ndarray) -> 
     return rms(produced, np.asarray(scheduler.to_reference(exact, end)))
 
 
-def compare() -> None:
+def compare(names: Sequence[str], steps: Sequence[int]) -> None:
     unit = np.random.default_rng(0).standard_normal((POINTS, 2))
     print(f"diffusers {diffusers.__version__}, torch {torch.__version__}, jax {jax.__version__}")
     print(
         f"{'scheduler':10} {'N':>4} {'calls':>5} {'difference':>10} {'diffusers':>10} "
         f"{'reference':>10} {'default':>10} {'ratio':>6}"
     )
-    for name, (class_name, options) in CONFIGS.items():
+    for name in names:
+        class_name, options = CONFIGS[name]
         config = {"_class_name": class_name, **options}
-        for num_steps in STEPS:
+        for num_steps in steps:
             scheduler = from_config(config)
             grid = scheduler.grid(num_steps, max_steps=MAX_STEPS)
             x = scheduler.x_T(unit.astype(np.float32), grid)
@@ -223,5 +225,19 @@ def speed() -> None:
     print(f"ratio {theirs / ours:.1f}")
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=("compare", "speed"), default="compare")
+    parser.add_argument("--only", nargs="+", choices=CONFIGS, default=tuple(CONFIGS))
+    parser.add_argument("--steps", nargs="+", type=int, default=STEPS, metavar="N")
+    args = parser.parse_args()
+    if max(args.steps) > MAX_STEPS:
+        parser.error(f"--steps must be at most {MAX_STEPS}, got {max(args.steps)}")
+    if args.what == "speed":
+        speed()
+    else:
+        compare(args.only, args.steps)
+
+
 if __name__ == "__main__":
-    {"compare": compare, "speed": speed}[sys.argv[1] if len(sys.argv) > 1 else "compare"]()
+    main()
