@@ -141,9 +141,11 @@ class Attention(nn.Module):
     """Multi-head attention over tokens, of a sequence to itself or to another one.
 
     Attributes:
-      num_heads: must divide the width of the tokens.
+      num_heads: must divide the width of the tokens, unless head_dim is given.
       out_init: initializer of the output projection.
       out_features: width of the result; None for that of the tokens.
+      head_dim: width of a head; None for the width of the tokens / num_heads.
+      qkv_bias: biases of the projections to queries, keys and values.
       dtype: dtype of activations.
       param_dtype: dtype of the parameters.
 
@@ -153,6 +155,8 @@ class Attention(nn.Module):
     num_heads: int
     out_init: nn.initializers.Initializer = default_init
     out_features: int | None = None
+    head_dim: int | None = None
+    qkv_bias: bool = True
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -171,23 +175,27 @@ class Attention(nn.Module):
           [B, N, out_features].
 
         Raises:
-          ValueError: if C is no multiple of `num_heads`.
+          ValueError: if C is no multiple of `num_heads` and there is no `head_dim`.
         """
         width = x.shape[-1]
-        if width % self.num_heads:
+        if self.head_dim is None and width % self.num_heads:
             raise ValueError(
                 f"the width of the tokens must be a multiple of num_heads = {self.num_heads}, "
                 f"got {width}"
             )
         context = x if context is None else context
+        head_dim = self.head_dim or width // self.num_heads
+        inner = self.num_heads * head_dim
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
         def heads(name, tokens):
-            h = nn.Dense(width, kernel_init=default_init, name=name, **options)(tokens)
-            return h.reshape(h.shape[:2] + (self.num_heads, width // self.num_heads))
+            h = nn.Dense(inner, self.qkv_bias, kernel_init=default_init, name=name, **options)(
+                tokens
+            )
+            return h.reshape(h.shape[:2] + (self.num_heads, head_dim))
 
         q, k, v = heads("query", x), heads("key", context), heads("value", context)
-        h = dot_product_attention(q, k, v, mask=mask).reshape(x.shape)
+        h = dot_product_attention(q, k, v, mask=mask).reshape((*x.shape[:2], inner))
         features = self.out_features or width
         return nn.Dense(features, kernel_init=self.out_init, name="out", **options)(h)
 
