@@ -1,6 +1,8 @@
 """Building blocks of convolutional networks: norm, dropout, residual block, resampling."""
 
+import functools
 import zlib
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import flax.linen as nn
@@ -13,6 +15,13 @@ from diffusion_jax.core.types import Array, Key
 
 default_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 zeros_init = nn.initializers.zeros_init()
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "silu": nn.silu,
+    "relu": nn.relu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "mish": jax.nn.mish,
+}
 
 
 class Dropout(nn.Module):
@@ -164,11 +173,12 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block that is told the time: norm, SiLU, conv, twice.
+    """Residual block: norm, activation, conv, twice.
 
-    The time is added after the first convolution, or scales and shifts the second norm.
-    `resample` changes the resolution inside the block, between the first SiLU and the first
-    convolution. The last convolution starts at zero, so that a new block is its own shortcut.
+    The time, where there is one, is added after the first convolution, or scales and shifts the
+    second norm. `resample` changes the resolution inside the block, between the first activation
+    and the first convolution. The last convolution starts at zero, so that a new block is its
+    own shortcut.
 
     Attributes:
       channels: channels of the result; a 1x1 convolution adapts the shortcut to them.
@@ -177,6 +187,8 @@ class ResBlock(nn.Module):
       dropout: rate before the last convolution, in [0, 1).
       scale_shift: scale and shift the second norm instead of adding.
       resample: "down" or "up" to halve or double the resolution, None to keep it.
+      act: a key of `ACTIVATIONS`, for the image and the time.
+      norm: class of both norms, which take the arguments of a `GroupNorm`.
       dtype: dtype of activations.
       param_dtype: dtype of the parameters.
 
@@ -190,17 +202,27 @@ class ResBlock(nn.Module):
     dropout: float = 0.0
     scale_shift: bool = False
     resample: Literal["down", "up"] | None = None
+    act: str = "silu"
+    norm: Callable[..., nn.Module] = GroupNorm
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, emb: Array, keys: Key | None = None) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        emb: Array | None = None,
+        keys: Key | None = None,
+        *,
+        latent: Array | None = None,
+    ) -> Array:
         """Applies the block.
 
         Args:
           x: [B, H, W, C].
-          emb: [B, E] embedding of the time.
+          emb: [B, E] embedding of the time; None for a block without time.
           keys: [B], given in training only.
+          latent: what the norms are told besides the image; None for a `GroupNorm`.
 
         Returns:
           [B, H', W', channels]; H' is H, H/2 or 2H, as `resample` says.
@@ -209,22 +231,28 @@ class ResBlock(nn.Module):
         norm = {"groups": self.norm_groups, "eps": self.norm_eps, **types}
         conv = {"features": self.channels, "padding": 1, **types}
         change = {"down": average_pool, "up": nearest_upsample, None: lambda a: a}[self.resample]
+        act = ACTIVATIONS[self.act]
+        norm_1, norm_2 = (self.norm(name=name, **norm) for name in ("norm_1", "norm_2"))
+        told = () if latent is None else (latent,)
 
-        h = nn.silu(GroupNorm(name="norm_1", **norm)(x))
+        h = act(norm_1(x, *told))
         x, h = change(x), change(h)
         h = nn.Conv(kernel_size=(3, 3), kernel_init=default_init, name="conv_1", **conv)(h)
 
-        width = self.channels * (2 if self.scale_shift else 1)
-        emb = nn.silu(emb.astype(self.dtype))
-        emb = nn.Dense(width, kernel_init=default_init, name="time", **types)(emb)
-        emb = emb[:, None, None, :]
-        if self.scale_shift:
+        if emb is not None:
+            width = self.channels * (2 if self.scale_shift else 1)
+            emb = act(emb.astype(self.dtype))
+            emb = nn.Dense(width, kernel_init=default_init, name="time", **types)(emb)
+            emb = emb[:, None, None, :]
+        if emb is None:
+            h = norm_2(h, *told)
+        elif self.scale_shift:
             scale, shift = jnp.split(emb, 2, axis=-1)
-            h = GroupNorm(name="norm_2", **norm)(h) * (1.0 + scale) + shift
+            h = norm_2(h, *told) * (1.0 + scale) + shift
         else:
-            h = GroupNorm(name="norm_2", **norm)(h + emb)
+            h = norm_2(h + emb, *told)
 
-        h = Dropout(self.dropout, name="dropout")(nn.silu(h), keys)
+        h = Dropout(self.dropout, name="dropout")(act(h), keys)
         h = nn.Conv(kernel_size=(3, 3), kernel_init=zeros_init, name="conv_2", **conv)(h)
         if x.shape[-1] != self.channels:
             x = nn.Conv(self.channels, (1, 1), kernel_init=default_init, name="shortcut", **types)(
