@@ -1,6 +1,12 @@
-"""GLIGEN's adapters: gated attention to grounded objects, the identity when they are new."""
+"""GLIGEN's adapters: gated attention to grounded objects, the identity when they are new.
+
+A transformer block with an adapter applies it between its self- and its cross-attention, as
+FUSERS[kind](num_heads, head_dim, name="fuser")(x, cond.grounding.objects, cond.grounding.gate),
+and skips it where a condition has no grounding.
+"""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -180,7 +186,8 @@ class GatedCrossAttention(_Gated):
         return self.feed_forward(x + self.gated("alpha_attn", gate, h), gate)
 
 
-FUSERS = {
+# Kind of adapter -> module; what "fuser_type" in released configurations chooses.
+FUSERS: Mapping[str, type[_Gated]] = {
     "self": GatedSelfAttention,
     "self_resized": ResizedGatedSelfAttention,
     "cross": GatedCrossAttention,
