@@ -1,6 +1,7 @@
 """Attention: the function, the multi-head module over tokens, the block over pixels."""
 
 import re
+from collections.abc import Callable
 from typing import Literal
 
 import flax.linen as nn
@@ -209,6 +210,7 @@ class AttentionBlock(nn.Module):
       num_heads: must divide the number of channels.
       norm_groups: groups of the norm.
       norm_eps: epsilon of the norm.
+      norm: class of the norm, which takes the arguments of a `GroupNorm`.
       dtype: dtype of activations.
       param_dtype: dtype of the parameters.
 
@@ -219,15 +221,25 @@ class AttentionBlock(nn.Module):
     num_heads: int
     norm_groups: int
     norm_eps: float = 1e-5
+    norm: Callable[..., nn.Module] = GroupNorm
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """x: [B, H, W, C] -> [B, H, W, C]."""
+    def __call__(self, x: Array, *, latent: Array | None = None) -> Array:
+        """Attends.
+
+        Args:
+          x: [B, H, W, C].
+          latent: what the norm is told besides the image; None for a `GroupNorm`.
+
+        Returns:
+          [B, H, W, C].
+        """
         batch, height, width, channels = x.shape
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        h = GroupNorm(self.norm_groups, self.norm_eps, name="norm", **options)(x)
+        told = () if latent is None else (latent,)
+        h = self.norm(self.norm_groups, self.norm_eps, name="norm", **options)(x, *told)
         h = h.reshape(batch, height * width, channels)
         h = Attention(self.num_heads, zeros_init, name="attention", **options)(h)
         return x + h.reshape(x.shape)
