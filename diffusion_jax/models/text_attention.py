@@ -160,7 +160,10 @@ class TextAttentionBlock(nn.Module):
         h = h.reshape(batch, height * width, channels)
         text = tokens.astype(self.dtype)
         if spec.text_norm == "layer":
-            text = nn.LayerNorm(epsilon=spec.norm_eps, name="text_norm", **options)(text)
+            # Two passes: E[x²] - E[x]² loses the small variance of a token with a large mean.
+            text = nn.LayerNorm(
+                spec.norm_eps, use_fast_variance=False, name="text_norm", **options
+            )(text)
         elif spec.text_norm == "group":
             norm = GroupNorm(spec.text_norm_groups, spec.norm_eps, name="text_norm", **options)
             text = norm(text)

@@ -1,0 +1,160 @@
+"""GLIDE's text encoder: a transformer without causal mask, trained with the denoising network."""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from diffusion_jax.core.types import Array
+from diffusion_jax.models.attention import Attention
+from diffusion_jax.models.blocks import default_init
+from diffusion_jax.models.inputs import DType
+
+
+@dataclass(frozen=True)
+class TextTransformerConfig:
+    """A text encoder; the default is the one that GLIDE was released with.
+
+    Attributes:
+      vector_dim: width of the vector, the network's embed_dim.
+      vocab_size: tokens are 0 … vocab_size - 1; the last is the end of a text and pads it.
+      length: L, tokens of every text, padding included.
+      width: of the tokens; a multiple of num_heads.
+      num_layers: blocks of attention and feed-forward network.
+      num_heads: heads of the attention.
+      final_norm: a layer norm of the result.
+      padding: learned embeddings, one for each position, instead of the tokens that are not
+        text.
+
+    Raises:
+      ValueError: if a number is below 1 or the heads do not divide the width.
+    """
+
+    vector_dim: int = 768
+    vocab_size: int = 50257
+    length: int = 128
+    width: int = 512
+    num_layers: int = 16
+    num_heads: int = 8
+    final_norm: bool = True
+    padding: bool = True
+
+    def __post_init__(self):
+        for name in ("vector_dim", "vocab_size", "length", "width", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"width must be a multiple of num_heads = {self.num_heads}, got {self.width}"
+            )
+
+    def build(
+        self, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32
+    ) -> "TextTransformer":
+        """The module, computing in `dtype` with parameters of `param_dtype`.
+
+        Args:
+          dtype: of the activations, a dtype or its name.
+          param_dtype: of the parameters, a dtype or its name.
+        """
+        return TextTransformer(self, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype))
+
+
+def _layer_norm(name: str, options: dict) -> nn.LayerNorm:
+    # Two passes: E[x²] - E[x]² loses the small variance of a token with a large mean.
+    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name, **options)
+
+
+class TextBlock(nn.Module):
+    """Attention and a GELU feed-forward network, each behind a norm and as a residual.
+
+    Attributes:
+      num_heads: must divide the width of the tokens.
+      dtype: dtype of activations; norms and softmax stay float32.
+      param_dtype: dtype of the parameters.
+
+    Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.1; Radford et al. 2021
+    (arXiv:2103.00020), section 2.4 for the order.
+    """
+
+    num_heads: int
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x: [B, L, C] -> [B, L, C]."""
+        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        width = x.shape[-1]
+        h = _layer_norm("norm_1", options)(x)
+        x = x + Attention(self.num_heads, name="attention", **options)(h)
+        h = _layer_norm("norm_2", options)(x)
+        h = nn.Dense(4 * width, kernel_init=default_init, name="dense_1", **options)(h)
+        h = nn.gelu(h, approximate=False)
+        return x + nn.Dense(width, kernel_init=default_init, name="dense_2", **options)(h)
+
+
+class TextTransformer(nn.Module):
+    """Tokens and a vector of a text; every position attends to every other, padding included.
+
+    The vector is a projection of the last position, which is padding in all but the longest
+    texts.
+
+    Attributes:
+      config: the architecture.
+      dtype: dtype of activations; norms and softmax stay float32.
+      param_dtype: dtype of the parameters.
+
+    Source: Nichol et al. 2021 (arXiv:2112.10741), section 4.1 and the released code.
+    """
+
+    config: TextTransformerConfig
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: Array, mask: Array | None = None) -> tuple[Array, Array]:
+        """Encodes.
+
+        Args:
+          ids: [B, L] integers, the numbers of the tokens.
+          mask: [B, L] bool, True where a token is text; None where all are. Only read if
+            `config.padding`.
+
+        Returns:
+          Tokens [B, L, width] and the vector [B, vector_dim], of `dtype`.
+
+        Raises:
+          ValueError: if a shape or a type does not fit.
+        """
+        config = self.config
+        _check(ids, mask, config.length)
+        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        embed = nn.Embed(config.vocab_size, config.width, name="token_embed", **options)
+        shape, init = (config.length, config.width), nn.initializers.normal(0.01)
+        h = embed(ids) + self._table("position", init, shape)
+        if config.padding:
+            padding = self._table("padding", init, shape)
+            h = h if mask is None else jnp.where(mask[:, :, None], h, padding)
+        for i in range(config.num_layers):
+            h = TextBlock(config.num_heads, name=f"block_{i}", **options)(h)
+        if config.final_norm:
+            h = _layer_norm("norm_out", options)(h)
+        vector = nn.Dense(config.vector_dim, kernel_init=default_init, name="vector", **options)
+        return h, vector(h[:, -1])
+
+    def _table(self, name: str, init: nn.initializers.Initializer, shape: tuple[int, int]) -> Array:
+        """[1, L, width]: one learned embedding for each position."""
+        return self.param(name, init, shape, self.param_dtype).astype(self.dtype)[None]
+
+
+def _check(ids: Array, mask: Array | None, length: int) -> None:
+    if ids.ndim != 2 or ids.shape[1] != length or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"ids must be integers [B, {length}], since this encoder has {length} positions, "
+            f"got {ids.dtype} of shape {ids.shape}; pad or cut the texts"
+        )
+    if mask is not None and (mask.shape != ids.shape or mask.dtype != jnp.bool_):
+        raise ValueError(
+            f"mask must be bool of shape {ids.shape} as ids, got {mask.dtype} of shape {mask.shape}"
+        )
