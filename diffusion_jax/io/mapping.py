@@ -42,12 +42,15 @@ class Row(NamedTuple):
       target: path in the tree, "down_{i}/res_{j}/conv_1".
       kind: a key of `KINDS`.
       share: which part of the source's tensors; None where they are this row's alone.
+      copies: names under which a file may hold the source once more, or alone: weights that
+        two modules of another library share. Copies must be equal; `export` writes none.
     """
 
     source: str
     target: str
     kind: str
     share: Share | None = None
+    copies: tuple[str, ...] = ()
 
 
 class Leaf(NamedTuple):
@@ -125,7 +128,12 @@ def prefixed(rows: Sequence[Row], *, source: str = "", target: str = "") -> tupl
       target: what precedes the paths, with its final slash: "unet/".
     """
     return tuple(
-        row._replace(source=source + row.source, target=target + row.target) for row in rows
+        row._replace(
+            source=source + row.source,
+            target=target + row.target,
+            copies=tuple(source + name for name in row.copies),
+        )
+        for row in rows
     )
 
 
@@ -134,6 +142,7 @@ class _Rule(NamedTuple):
     source: str
     leaf: Leaf
     share: Share | None
+    copies: tuple[str, ...]
 
 
 class _Place(NamedTuple):
@@ -142,6 +151,7 @@ class _Place(NamedTuple):
     name: str
     leaf: Leaf
     share: Share | None
+    copies: tuple[str, ...] = ()
 
 
 def _pattern(target: str) -> re.Pattern:
@@ -166,8 +176,8 @@ def _rules(rows: Sequence[Row]) -> list[_Rule]:
             raise ValueError(f"a share must have 0 <= index < count and groups >= 1, got {row}")
         for leaf in KINDS[row.kind]:
             target = f"{row.target}/{leaf.target}" if leaf.target else row.target
-            source = f"{row.source}.{leaf.source}" if leaf.source else row.source
-            rules.append(_Rule(_pattern(target), source, leaf, row.share))
+            names = [f"{n}.{leaf.source}" if leaf.source else n for n in (row.source, *row.copies)]
+            rules.append(_Rule(_pattern(target), names[0], leaf, row.share, tuple(names[1:])))
     return rules
 
 
@@ -181,7 +191,8 @@ def _plan(paths: Sequence[str], rows: Sequence[Row]) -> tuple[dict[str, _Place],
             problems.append(f"parameter {path}: {found} of the table for it")
             continue
         rule, match = hits[0]
-        plan[path] = _Place(rule.source.format(**match.groupdict()), rule.leaf, rule.share)
+        name, *copies = (n.format(**match.groupdict()) for n in (rule.source, *rule.copies))
+        plan[path] = _Place(name, rule.leaf, rule.share, tuple(copies))
     return plan, problems + _sharing_problems(plan)
 
 
@@ -241,7 +252,7 @@ def _flat(params: Params) -> dict[str, Any]:
 
 def _load(tensor: np.ndarray, place: _Place, expected: Any) -> np.ndarray:
     """One tensor in our layout, C-contiguous; raises ValueError if it does not fit."""
-    _, leaf, share = place
+    leaf, share = place.leaf, place.share
     if leaf.rank is not None and tensor.ndim != leaf.rank:
         raise ValueError(f"has shape {tensor.shape}, expected {leaf.rank} dimensions")
     value = leaf.load(_take(tensor, share))
@@ -286,14 +297,19 @@ def convert(
     plan, problems = _plan(list(wanted), rows)
     loaded = {}
     for path, place in plan.items():
-        if place.name not in tensors:
+        names = [name for name in (place.name, *place.copies) if name in tensors]
+        if not names:
             problems.append(f"missing: {place.name} (for {path})")
             continue
+        tensor = np.asarray(tensors[names[0]])
+        for copy in names[1:]:
+            if not np.array_equal(tensor, np.asarray(tensors[copy])):
+                problems.append(f"{copy}: must equal {names[0]}, of which it is a copy")
         try:
-            loaded[path] = _load(np.asarray(tensors[place.name]), place, wanted[path])
+            loaded[path] = _load(tensor, place, wanted[path])
         except ValueError as error:
-            problems.append(f"{place.name} (for {path}): {error}")
-    used = {place.name for place in plan.values()}
+            problems.append(f"{names[0]} (for {path}): {error}")
+    used = {name for place in plan.values() for name in (place.name, *place.copies)}
     for name in sorted(set(tensors) - used):
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore):
             problems.append(f"unexpected: {name} {tuple(np.shape(tensors[name]))}")

@@ -332,3 +332,21 @@ def test_rows_are_a_table_without_surprises():
     for old in (False, True):
         rows = unet2d_rows(old_attention_names=old)
         assert len({row.source for row in rows}) == len({row.target for row in rows}) == len(rows)
+
+
+COPIES = (Row("token", "token", "embed", copies=("old.token",)),)
+
+
+@pytest.mark.parametrize("names", [["token"], ["old.token"], ["token", "old.token"]])
+def test_shared_weights_are_read_under_any_of_their_names(names):
+    tensors = {f"a.{name}.weight": normal(7, 2) for name in names}
+    rows, tree = prefixed(COPIES, source="a."), {"token": {"embedding": normal(7, 2)}}
+    params = convert(tensors, rows, tree)
+    np.testing.assert_array_equal(params["token"]["embedding"], normal(7, 2))
+    assert list(export(params, rows)) == ["a.token.weight"]
+
+
+def test_copies_of_a_weight_that_differ_are_refused():
+    tensors = {"token.weight": normal(7, 2), "old.token.weight": normal(7, 2) + 1}
+    with pytest.raises(MappingError, match="old.token.weight: must equal token.weight"):
+        convert(tensors, COPIES, {"token": {"embedding": normal(7, 2)}})
