@@ -1,10 +1,45 @@
-"""The gated feed-forward network of transformer blocks."""
+"""Feed-forward networks of transformer blocks: gated, and what their hidden units compute."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from diffusion_jax.core.types import Array, Key
-from diffusion_jax.models.blocks import Dropout, default_init
+from diffusion_jax.models.blocks import ACTIVATIONS, Dropout, default_init
+
+
+class HiddenUnits(NamedTuple):
+    """What the hidden units of a feed-forward network compute of the layer before them.
+
+    Attributes:
+      inputs: numbers that a unit reads; a gated one reads two.
+      apply: [..., inputs · N] -> [..., N].
+    """
+
+    inputs: int
+    apply: Callable[[Array], Array]
+
+
+def _gated(activation: Callable[[Array], Array]) -> HiddenUnits:
+    def apply(x):
+        h, gate = jnp.split(x, 2, axis=-1)
+        return h * activation(gate)
+
+    return HiddenUnits(2, apply)
+
+
+# "gelu" is x · Φ(x), "gelu-approximate" its form with tanh, "quick_gelu" x · sigmoid(1.702 x).
+HIDDEN_UNITS: Mapping[str, HiddenUnits] = {
+    "gelu": HiddenUnits(1, ACTIVATIONS["gelu"]),
+    "gelu-approximate": HiddenUnits(1, nn.gelu),
+    "quick_gelu": HiddenUnits(1, lambda x: x * jax.nn.sigmoid(1.702 * x)),
+    "silu": HiddenUnits(1, ACTIVATIONS["silu"]),
+    "geglu": _gated(ACTIVATIONS["gelu"]),
+    "swiglu": _gated(ACTIVATIONS["silu"]),
+}
 
 
 class GEGLU(nn.Module):

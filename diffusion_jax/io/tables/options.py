@@ -1,0 +1,57 @@
+"""Reads another library's configurations: defaults for missing options, errors for unknown ones."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusion_jax.io.tables.unet import UnsupportedOption
+
+
+def complete(config: Mapping[str, Any], defaults: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """The options of a config.json with the other library's defaults filled in.
+
+    Args:
+      config: the parsed file; keys that start with "_" are metadata.
+      defaults: every option of the class and its default.
+      owner: name of the class, for messages.
+
+    Raises:
+      UnsupportedOption: naming the options that the class does not have.
+    """
+    given = {key: value for key, value in config.items() if not key.startswith("_")}
+    problems = []
+    for key in sorted(set(given) - set(defaults)):
+        near = difflib.get_close_matches(key, defaults, n=1)
+        problems.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    if problems:
+        raise UnsupportedOption(
+            f"{owner} has no option {', '.join(problems)}; it has {', '.join(sorted(defaults))}"
+        )
+    return {**defaults, **given}
+
+
+def require(options: Mapping[str, Any], supported: Mapping[str, Sequence[Any]], owner: str) -> None:
+    """Raises UnsupportedOption unless every option has one of its supported values.
+
+    Args:
+      options: of the class, completed.
+      supported: option -> the values that we compute.
+      owner: name of the class, for messages.
+    """
+    for option, values in supported.items():
+        # Not `in`, which takes 1 for True and 0 for False.
+        if not any(type(options[option]) is type(v) and options[option] == v for v in values):
+            expected = " or ".join(repr(value) for value in values)
+            raise UnsupportedOption(
+                f"{option} of {owner} must be {expected} here, got {options[option]!r}"
+            )
+
+
+def require_integers(options: Mapping[str, Any], names: Sequence[str], owner: str) -> None:
+    """Raises UnsupportedOption unless these options are positive integers."""
+    for name in names:
+        value = options[name]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UnsupportedOption(
+                f"{name} of {owner} must be an integer of at least 1, got {value!r}"
+            )
