@@ -1,6 +1,6 @@
 """OpenAI's guided-diffusion: its constructors' arguments and its names as those of our networks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from diffusion_jax.io.mapping import Row, Share, prefixed
@@ -44,6 +44,9 @@ class ADMClassifier(NamedTuple):
     dtype: str
 
 
+# (width, "down", "mid" or "up") -> the rows of the attention there.
+AttentionRows = Callable[[int, str], tuple[Row, ...]]
+
 REQUIRED = (
     "image_size",
     "in_channels",
@@ -71,9 +74,16 @@ CLASSIFIER_DEFAULTS = {**DEFAULTS, "pool": "adaptive"}
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 
 
-def _complete(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    unknown = sorted(set(config) - set(REQUIRED) - set(defaults))
-    missing = [option for option in REQUIRED if option not in config]
+def complete(
+    config: Mapping[str, Any], defaults: Mapping[str, Any], required: Sequence[str] = REQUIRED
+) -> dict[str, Any]:
+    """Arguments of a constructor with its defaults.
+
+    Raises:
+      UnsupportedOption: naming what is unknown or missing, and what is not for images.
+    """
+    unknown = sorted(set(config) - set(required) - set(defaults))
+    missing = [option for option in required if option not in config]
     if unknown or missing:
         raise UnsupportedOption(f"unknown options of the network: {unknown}; missing: {missing}")
     full = {**defaults, **config}
@@ -88,13 +98,14 @@ def _complete(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[st
     return full
 
 
-def _resample(full: Mapping[str, Any]) -> str:
+def resample_of(full: Mapping[str, Any]) -> str:
+    """The `resample` of our EncoderConfig."""
     if full["resblock_updown"]:
         return "block"
     return "conv" if full["conv_resample"] else "pool"
 
 
-def _levels(full: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+def level_fields(full: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """Fields of our LevelConfigs; attention_resolutions are factors of downsampling here."""
     return tuple(
         {
@@ -106,11 +117,11 @@ def _levels(full: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     )
 
 
-def _encoder(full: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of our EncoderConfig."""
+def encoder_fields(full: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of our EncoderConfig, of arguments none of which is missing."""
     by_width = full["num_head_channels"] != -1
     return {
-        "levels": _levels(full),
+        "levels": level_fields(full),
         "time_embed_dim": 4 * full["model_channels"],
         "time_channels": full["model_channels"],
         "time_features": {"cos_first": True, "freq_shift": 0},
@@ -118,14 +129,15 @@ def _encoder(full: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": 1e-5,
         "dropout": float(full["dropout"]),
         "scale_shift": full["use_scale_shift_norm"],
-        "resample": _resample(full),
+        "resample": resample_of(full),
         "num_heads": None if by_width else full["num_heads"],
         "head_dim": full["num_head_channels"] if by_width else None,
         "remat": full["use_checkpoint"],
     }
 
 
-def _dtype(full: Mapping[str, Any]) -> str:
+def dtype_of(full: Mapping[str, Any]) -> str:
+    """Name of the dtype of the activations."""
     return "float16" if full["use_fp16"] else "float32"
 
 
@@ -143,19 +155,19 @@ def adm_unet_config(config: Mapping[str, Any], *, super_resolution: bool = False
     Raises:
       UnsupportedOption: naming what is unknown, missing or not for images.
     """
-    full = _complete(config, UNET_DEFAULTS)
+    full = complete(config, UNET_DEFAULTS)
     upsample = full["num_heads_upsample"]
     # With heads of a given width their numbers are not read.
     ignored = full["num_head_channels"] != -1 or upsample in (-1, full["num_heads"])
     unet = {
-        **_encoder(full),
+        **encoder_fields(full),
         "out_channels": full["out_channels"],
         "num_heads_up": None if ignored else upsample,
         "needs_vector": full["num_classes"] is not None,
     }
     image_channels = full["in_channels"] if super_resolution else 0
     in_channels = full["in_channels"] + image_channels
-    return ADMUNet(unet, in_channels, image_channels, full["num_classes"], _dtype(full))
+    return ADMUNet(unet, in_channels, image_channels, full["num_classes"], dtype_of(full))
 
 
 def adm_classifier_config(config: Mapping[str, Any]) -> ADMClassifier:
@@ -171,17 +183,17 @@ def adm_classifier_config(config: Mapping[str, Any]) -> ADMClassifier:
     Raises:
       UnsupportedOption: naming what is unknown, missing or not for images.
     """
-    full = _complete(config, CLASSIFIER_DEFAULTS)
+    full = complete(config, CLASSIFIER_DEFAULTS)
     if full["pool"] not in POOLS:
         raise UnsupportedOption(f"pool must be one of {POOLS}, got {full['pool']!r}")
     if full["pool"] == "attention" and full["num_head_channels"] == -1:
         raise UnsupportedOption("the pool 'attention' needs num_head_channels, got -1")
     classifier = {
-        **_encoder(full),
+        **encoder_fields(full),
         "num_classes": full["out_channels"],
         "pool": full["pool"],
     }
-    return ADMClassifier(classifier, full["in_channels"], full["image_size"], _dtype(full))
+    return ADMClassifier(classifier, full["in_channels"], full["image_size"], dtype_of(full))
 
 
 _RES_BLOCK = (
@@ -234,62 +246,90 @@ def qkv_rows(source: str, target: str, *, heads: int | None) -> tuple[Row, ...]:
     )
 
 
-def _attention_rows(
-    full: Mapping[str, Any], channels: int, number: str = "num_heads"
-) -> tuple[Row, ...]:
-    heads = full[number]
+def head_count(full: Mapping[str, Any], channels: int, part: str) -> int:
+    """Heads of a fused attention of UNetModel.
+
+    Args:
+      full: arguments, none missing.
+      channels: width of the attention.
+      part: "up" on the way up, else "down" or "mid".
+    """
     if full["num_head_channels"] != -1:
-        heads = channels // full["num_head_channels"]
-    elif heads == -1:
-        heads = full["num_heads"]
-    legacy = not full["use_new_attention_order"]
+        return channels // full["num_head_channels"]
+    up = full["num_heads_upsample"]
+    return up if part == "up" and up != -1 else full["num_heads"]
+
+
+def self_attention_rows(heads: int | None) -> tuple[Row, ...]:
+    """An AttentionBlock; `heads` as in `qkv_rows`."""
     return (
         Row("norm", "norm", "norm"),
-        *qkv_rows("qkv", "attention", heads=heads if legacy else None),
+        *qkv_rows("qkv", "attention", heads=heads),
         Row("proj_out", "attention/out", "conv1d_as_linear"),
     )
 
 
-def _encoder_rows(full: Mapping[str, Any]) -> list[Row]:
-    """The way down and the bottom. Blocks are numbered through, convolutions included."""
-    levels = _levels(full)
+def _attention_rows(full: Mapping[str, Any]) -> AttentionRows:
+    legacy = not full["use_new_attention_order"]
+
+    def rows(channels: int, part: str) -> tuple[Row, ...]:
+        return self_attention_rows(head_count(full, channels, part) if legacy else None)
+
+    return rows
+
+
+def encoder_rows(
+    levels: Sequence[Mapping[str, Any]], resample: str, attention: AttentionRows
+) -> list[Row]:
+    """The way down and the bottom. Blocks are numbered through, convolutions included.
+
+    Args:
+      levels: fields of our LevelConfigs as plain values.
+      resample: of our EncoderConfig.
+      attention: (width, "down" or "mid") -> the rows of an attention there.
+    """
     rows = [*_TIME, Row("input_blocks.0.0", "conv_in", "conv")]
     block = 1
     for i, level in enumerate(levels):
-        attention = _attention_rows(full, level["channels"]) if level["attention"] else ()
+        inner = attention(level["channels"], "down") if level["attention"] else ()
         for j in range(level["num_blocks"]):
             source, target = f"input_blocks.{block}", f"down_{i}"
             rows += prefixed(_RES_BLOCK, source=f"{source}.0.", target=f"{target}/res_{j}/")
-            rows += prefixed(attention, source=f"{source}.1.", target=f"{target}/attn_{j}/")
+            rows += prefixed(inner, source=f"{source}.1.", target=f"{target}/attn_{j}/")
             block += 1
         if i < len(levels) - 1:
-            change, source = _DOWN[_resample(full)], f"input_blocks.{block}.0."
+            change, source = _DOWN[resample], f"input_blocks.{block}.0."
             rows += prefixed(change, source=source, target=f"down_{i}/downsample/")
             block += 1
-    attention = _attention_rows(full, levels[-1]["channels"])
+    inner = attention(levels[-1]["channels"], "mid")
     rows += prefixed(_RES_BLOCK, source="middle_block.0.", target="mid/res_0/")
-    rows += prefixed(attention, source="middle_block.1.", target="mid/attn/")
+    rows += prefixed(inner, source="middle_block.1.", target="mid/attn/")
     rows += prefixed(_RES_BLOCK, source="middle_block.2.", target="mid/res_1/")
     return rows
 
 
-def _decoder_rows(full: Mapping[str, Any], levels: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """The way up; the change of resolution is the last module of its level's last block."""
+def decoder_rows(
+    levels: Sequence[Mapping[str, Any]], resample: str, attention: AttentionRows
+) -> list[Row]:
+    """The way up; the change of resolution is the last module of its level's last block.
+
+    Args:
+      levels: as of `encoder_rows`.
+      resample: of our EncoderConfig.
+      attention: (width, "up") -> the rows of an attention there.
+    """
     rows, block = [], 0
     for i, level in enumerate(reversed(levels)):
-        attention = ()
-        if level["attention"]:
-            attention = _attention_rows(full, level["channels"], "num_heads_upsample")
+        inner = attention(level["channels"], "up") if level["attention"] else ()
         for j in range(level["num_blocks"] + 1):
             source, target = f"output_blocks.{block}", f"up_{i}"
             rows += prefixed(_RES_BLOCK, source=f"{source}.0.", target=f"{target}/res_{j}/")
-            rows += prefixed(attention, source=f"{source}.1.", target=f"{target}/attn_{j}/")
+            rows += prefixed(inner, source=f"{source}.1.", target=f"{target}/attn_{j}/")
             if j == level["num_blocks"] and i < len(levels) - 1:
                 last = f"{source}.{2 if level['attention'] else 1}."
-                change = _UP[_resample(full)]
-                rows += prefixed(change, source=last, target=f"{target}/upsample/")
+                rows += prefixed(_UP[resample], source=last, target=f"{target}/upsample/")
             block += 1
-    return rows
+    return [*rows, Row("out.0", "norm_out", "norm"), Row("out.2", "conv_out", "conv")]
 
 
 def adm_unet_rows(config: Mapping[str, Any]) -> tuple[Row, ...]:
@@ -302,13 +342,9 @@ def adm_unet_rows(config: Mapping[str, Any]) -> tuple[Row, ...]:
     Raises:
       UnsupportedOption: as `adm_unet_config`.
     """
-    full = _complete(config, UNET_DEFAULTS)
-    return (
-        *_encoder_rows(full),
-        *_decoder_rows(full, _levels(full)),
-        Row("out.0", "norm_out", "norm"),
-        Row("out.2", "conv_out", "conv"),
-    )
+    full = complete(config, UNET_DEFAULTS)
+    table = (level_fields(full), resample_of(full), _attention_rows(full))
+    return (*encoder_rows(*table), *decoder_rows(*table))
 
 
 def adm_classifier_rows(config: Mapping[str, Any]) -> tuple[Row, ...]:
@@ -320,10 +356,10 @@ def adm_classifier_rows(config: Mapping[str, Any]) -> tuple[Row, ...]:
     Raises:
       UnsupportedOption: as `adm_classifier_config`.
     """
-    full = _complete(config, CLASSIFIER_DEFAULTS)
+    full = complete(config, CLASSIFIER_DEFAULTS)
     pool = adm_classifier_config(config).classifier["pool"]
     rows = _POOLS[pool]
     if pool == "attention":
         # The pool has the new order whatever the blocks have.
         rows += qkv_rows("out.2.qkv_proj", "pool/attention", heads=None)
-    return (*_encoder_rows(full), *rows)
+    return (*encoder_rows(level_fields(full), resample_of(full), _attention_rows(full)), *rows)
