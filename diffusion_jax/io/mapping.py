@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -250,8 +251,8 @@ def _flat(params: Params) -> dict[str, Any]:
     return {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
 
 
-def _load(tensor: np.ndarray, place: _Place, expected: Any) -> np.ndarray:
-    """One tensor in our layout, C-contiguous; raises ValueError if it does not fit."""
+def _fit(tensor: np.ndarray, place: _Place, expected: Any, cast: bool) -> np.ndarray:
+    """One tensor in our layout, mostly a view; raises ValueError if it does not fit."""
     leaf, share = place.leaf, place.share
     if leaf.rank is not None and tensor.ndim != leaf.rank:
         raise ValueError(f"has shape {tensor.shape}, expected {leaf.rank} dimensions")
@@ -262,11 +263,16 @@ def _load(tensor: np.ndarray, place: _Place, expected: Any) -> np.ndarray:
             f"{tuple(expected.shape)}"
         )
     dtype = np.dtype(expected.dtype)
-    if not np.can_cast(value.dtype, dtype, "safe"):
+    floats = jnp.issubdtype(value.dtype, jnp.floating) and jnp.issubdtype(dtype, jnp.floating)
+    if not np.can_cast(value.dtype, dtype, "safe") and not (cast and floats):
         raise ValueError(
             f"has dtype {value.dtype}, which {dtype} cannot hold exactly; cast it on purpose "
             "before converting"
         )
+    return value
+
+
+def _contiguous(path: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     # Not ascontiguousarray, which makes a vector of a scalar.
     return np.asarray(value, dtype, order="C")
 
@@ -277,8 +283,13 @@ def convert(
     expected: Params,
     *,
     ignore: Sequence[str] = (),
+    cast: bool = False,
+    put: Callable[[str, np.ndarray, np.dtype], Any] = _contiguous,
 ) -> Params:
     """Tensors of a file as a parameter tree; strict in both directions.
+
+    Everything is checked before the first tensor is handed on, and tensors are taken one by
+    one, so a mapping that reads them from a file when asked never has to hold two.
 
     Args:
       tensors: name -> tensor in the file's layout.
@@ -286,27 +297,30 @@ def convert(
       expected: the wanted tree, of arrays or `jax.ShapeDtypeStruct`s. A tensor may be
         widened to the wanted dtype (float16 to float32), never narrowed.
       ignore: globs of tensor names that may be left over, "*.position_ids".
+      cast: round tensors to a narrower wanted dtype of floating point, too.
+      put: (path, a view of the tensor in our layout, wanted dtype) -> the leaf.
 
     Returns:
-      The tree of `expected`, with C-contiguous numpy leaves.
+      The tree of `expected`, with C-contiguous numpy leaves, or those that `put` made.
 
     Raises:
       MappingError: listing every missing, unexpected and ill-fitting tensor at once.
     """
     wanted = _flat(expected)
     plan, problems = _plan(list(wanted), rows)
-    loaded = {}
+    sources = {}
     for path, place in plan.items():
         names = [name for name in (place.name, *place.copies) if name in tensors]
         if not names:
             problems.append(f"missing: {place.name} (for {path})")
             continue
+        sources[path] = names[0]
         tensor = np.asarray(tensors[names[0]])
         for copy in names[1:]:
             if not np.array_equal(tensor, np.asarray(tensors[copy])):
                 problems.append(f"{copy}: must equal {names[0]}, of which it is a copy")
         try:
-            loaded[path] = _load(tensor, place, wanted[path])
+            _fit(tensor, place, wanted[path], cast)
         except ValueError as error:
             problems.append(f"{names[0]} (for {path}): {error}")
     used = {name for place in plan.values() for name in (place.name, *place.copies)}
@@ -315,7 +329,11 @@ def convert(
             problems.append(f"unexpected: {name} {tuple(np.shape(tensors[name]))}")
     if problems:
         raise MappingError(_message("the tensors do not fit the parameters", problems))
-    return unflatten_dict({tuple(path.split("/")): value for path, value in loaded.items()})
+    loaded = {}
+    for path, name in sources.items():
+        value = _fit(np.asarray(tensors[name]), plan[path], wanted[path], cast)
+        loaded[tuple(path.split("/"))] = put(path, value, np.dtype(wanted[path].dtype))
+    return unflatten_dict(loaded)
 
 
 def export(params: Params, rows: Sequence[Row]) -> dict[str, np.ndarray]:
