@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import flax.linen as nn
@@ -201,16 +202,44 @@ class Attention(nn.Module):
         return nn.Dense(features, kernel_init=self.out_init, name="out", **options)(h)
 
 
+@dataclass(frozen=True)
+class PixelAttention:
+    """Self-attention between pixels whose heads or norm are not those of the network.
+
+    Attributes:
+      num_heads: number of heads.
+      head_dim: width of a head; None for the number of channels / num_heads.
+      norm: whether there is a group norm before it.
+      norm_groups: groups of the norm; None for those of the network.
+
+    Raises:
+      ValueError: if a number is below 1.
+    """
+
+    num_heads: int
+    head_dim: int | None = None
+    norm: bool = True
+    norm_groups: int | None = None
+
+    def __post_init__(self):
+        for name in ("num_heads", "head_dim", "norm_groups"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 class AttentionBlock(nn.Module):
     """Self-attention between all pixels of an image, as a residual.
 
     The output projection starts at zero, so that a new block is the identity.
 
     Attributes:
-      num_heads: must divide the number of channels.
-      norm_groups: groups of the norm.
+      num_heads: must divide the number of channels, unless head_dim is given.
+      norm_groups: groups of the norm, see `GroupNorm`.
       norm_eps: epsilon of the norm.
-      norm: class of the norm, which takes the arguments of a `GroupNorm`.
+      norm: class of the norm, which takes the arguments of a `GroupNorm`; None for no norm.
+      head_dim: width of a head; None for the number of channels / num_heads.
+      out_scale: what the sum with the pixels is divided by.
       dtype: dtype of activations.
       param_dtype: dtype of the parameters.
 
@@ -219,9 +248,11 @@ class AttentionBlock(nn.Module):
     """
 
     num_heads: int
-    norm_groups: int
+    norm_groups: int | None
     norm_eps: float = 1e-5
-    norm: Callable[..., nn.Module] = GroupNorm
+    norm: Callable[..., nn.Module] | None = GroupNorm
+    head_dim: int | None = None
+    out_scale: float = 1.0
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -239,10 +270,15 @@ class AttentionBlock(nn.Module):
         batch, height, width, channels = x.shape
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         told = () if latent is None else (latent,)
-        h = self.norm(self.norm_groups, self.norm_eps, name="norm", **options)(x, *told)
+        h = x
+        if self.norm is not None:
+            h = self.norm(self.norm_groups, self.norm_eps, name="norm", **options)(x, *told)
         h = h.reshape(batch, height * width, channels)
-        h = Attention(self.num_heads, zeros_init, name="attention", **options)(h)
-        return x + h.reshape(x.shape)
+        attention = Attention(
+            self.num_heads, zeros_init, head_dim=self.head_dim, name="attention", **options
+        )
+        h = x + attention(h).reshape(x.shape)
+        return h if self.out_scale == 1.0 else h / self.out_scale
 
 
 class AttentionPool(nn.Module):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.core.arrays import fold_in_each
+from diffusion_jax.core.resize import nearest_resize
 from diffusion_jax.core.types import Array, Key
 
 default_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
@@ -67,7 +68,8 @@ class GroupNorm(nn.Module):
     y = (x - mean) / √(var + eps) · scale + bias.
 
     Attributes:
-      groups: number of groups; must divide the number of channels.
+      groups: number of groups; must divide the number of channels. None for a quarter of the
+        channels, at most 32, as NCSN++ has.
       eps: added to the variance.
       dtype: dtype of the result.
       param_dtype: dtype of the parameters.
@@ -75,7 +77,7 @@ class GroupNorm(nn.Module):
     Source: Wu & He 2018 (arXiv:1803.08494), eq. 1, 2 and 7.
     """
 
-    groups: int
+    groups: int | None
     eps: float = 1e-5
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
@@ -84,15 +86,16 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         """x: [B, ..., C] -> [B, ..., C] of `dtype`."""
         channels = x.shape[-1]
-        if channels % self.groups:
+        groups = min(channels // 4, 32) if self.groups is None else self.groups
+        if groups < 1 or channels % groups:
             raise ValueError(
-                f"the number of channels must be a multiple of the {self.groups} groups of the "
+                f"the number of channels must be a multiple of the {groups} groups of the "
                 f"norm, got {channels}; change norm_groups or the channels"
             )
         scale = self.param("scale", nn.initializers.ones_init(), (channels,), self.param_dtype)
         bias = self.param("bias", zeros_init, (channels,), self.param_dtype)
         per_channel = (1,) * (x.ndim - 1) + (channels,)
-        h = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
+        h = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, channels // groups)
         # Two passes: E[x²] - E[x]² loses the small variance of a channel with a large mean.
         h = h - h.mean((1, 3), keepdims=True)
         h = h * jax.lax.rsqrt(jnp.square(h).mean((1, 3), keepdims=True) + self.eps)
@@ -113,6 +116,46 @@ def nearest_upsample(x: Array) -> Array:
     return repeated.reshape(batch, 2 * height, 2 * width, channels)
 
 
+def _fir(x: Array, gain: float, **options) -> Array:
+    """Every channel convolved with the outer product of (1, 3, 3, 1) / 8 with itself, · gain."""
+    taps = np.outer((1, 3, 3, 1), (1, 3, 3, 1)) * (gain / 64.0)
+    channels = x.shape[-1]
+    kernel = jnp.broadcast_to(jnp.asarray(taps, x.dtype)[:, :, None, None], (4, 4, 1, channels))
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=channels,
+        **options,
+    )
+
+
+def fir_downsample(x: Array) -> Array:
+    """Every other pixel of the image smoothed by (1, 3, 3, 1), [B, 2H, 2W, C] -> [B, H, W, C].
+
+    Source: Song et al. 2021 (arXiv:2011.13456), appendix H; Zhang 2019 (arXiv:1904.11486).
+    """
+    return _fir(x, 1.0, window_strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+def fir_upsample(x: Array) -> Array:
+    """Zeros between the pixels, smoothed by (1, 3, 3, 1), [B, H, W, C] -> [B, 2H, 2W, C].
+
+    Source: Song et al. 2021 (arXiv:2011.13456), appendix H; Zhang 2019 (arXiv:1904.11486).
+    """
+    return _fir(x, 4.0, window_strides=(1, 1), padding=((2, 2), (2, 2)), lhs_dilation=(2, 2))
+
+
+# Ways to change the resolution inside of a residual block.
+CHANGES: Mapping[str | None, Callable[[Array], Array]] = {
+    None: lambda x: x,
+    "down": average_pool,
+    "up": nearest_upsample,
+    "fir_down": fir_downsample,
+    "fir_up": fir_upsample,
+}
+
+
 class Downsample(nn.Module):
     """Halves the resolution by a 3x3 convolution of stride 2 that keeps the channels.
 
@@ -131,7 +174,10 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """x: [B, 2H, 2W, C] -> [B, H, W, C]."""
+        """x: [B, H, W, C] -> [B, H', W', C].
+
+        H' is H / 2, of an odd H rounded up where the padding is symmetric, else down.
+        """
         pad = (1, 1) if self.padding == "symmetric" else (0, 1)
         return nn.Conv(
             x.shape[-1],
@@ -146,7 +192,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the resolution by repeating pixels, followed by a 3x3 convolution.
+    """Raises the resolution by repeating pixels, followed by a 3x3 convolution.
 
     Attributes:
       dtype: dtype of activations.
@@ -159,8 +205,18 @@ class Upsample(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """x: [B, H, W, C] -> [B, 2H, 2W, C]."""
+    def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
+        """Upsamples.
+
+        Args:
+          x: [B, H, W, C].
+          size: height H' and width W' of the result; None for twice those of x.
+
+        Returns:
+          [B, H', W', C].
+        """
+        twice = (2 * x.shape[1], 2 * x.shape[2])
+        x = nearest_upsample(x) if size in (None, twice) else nearest_resize(x, *size)
         return nn.Conv(
             x.shape[-1],
             (3, 3),
@@ -169,7 +225,7 @@ class Upsample(nn.Module):
             param_dtype=self.param_dtype,
             kernel_init=default_init,
             name="conv",
-        )(nearest_upsample(x))
+        )(x)
 
 
 class ResBlock(nn.Module):
@@ -182,27 +238,35 @@ class ResBlock(nn.Module):
 
     Attributes:
       channels: channels of the result; a 1x1 convolution adapts the shortcut to them.
-      norm_groups: groups of both norms.
+      norm_groups: groups of both norms, see `GroupNorm`.
       norm_eps: epsilon of both norms.
       dropout: rate before the last convolution, in [0, 1).
       scale_shift: scale and shift the second norm instead of adding.
-      resample: "down" or "up" to halve or double the resolution, None to keep it.
+      resample: "down" or "up" to halve or double the resolution, None to keep it; "fir_down" and
+        "fir_up" do it by a smoothing filter and put a convolution on the shortcut (NCSN++).
       act: a key of `ACTIVATIONS`, for the image and the time.
+      time_act: apply `act` to the time before its projection.
+      out_scale: what the sum with the shortcut is divided by; √2 keeps its variance (NCSN++).
+      norm_groups_in: groups of the first norm where they are not those of the second.
       norm: class of both norms, which take the arguments of a `GroupNorm`.
       dtype: dtype of activations.
       param_dtype: dtype of the parameters.
 
     Source: Ho et al. 2020 (arXiv:2006.11239), appendix B; Dhariwal & Nichol 2021
-    (arXiv:2105.05233), section 3 for `scale_shift` and `resample`.
+    (arXiv:2105.05233), section 3 for `scale_shift` and `resample`; Song et al. 2021
+    (arXiv:2011.13456), appendix H for `out_scale` and the filter.
     """
 
     channels: int
-    norm_groups: int
+    norm_groups: int | None
     norm_eps: float = 1e-5
     dropout: float = 0.0
     scale_shift: bool = False
-    resample: Literal["down", "up"] | None = None
+    resample: Literal["down", "up", "fir_down", "fir_up"] | None = None
     act: str = "silu"
+    time_act: bool = True
+    out_scale: float = 1.0
+    norm_groups_in: int | None = None
     norm: Callable[..., nn.Module] = GroupNorm
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
@@ -228,11 +292,11 @@ class ResBlock(nn.Module):
           [B, H', W', channels]; H' is H, H/2 or 2H, as `resample` says.
         """
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm = {"groups": self.norm_groups, "eps": self.norm_eps, **types}
         conv = {"features": self.channels, "padding": 1, **types}
-        change = {"down": average_pool, "up": nearest_upsample, None: lambda a: a}[self.resample]
-        act = ACTIVATIONS[self.act]
-        norm_1, norm_2 = (self.norm(name=name, **norm) for name in ("norm_1", "norm_2"))
+        act, change = ACTIVATIONS[self.act], CHANGES[self.resample]
+        groups_in = self.norm_groups_in or self.norm_groups
+        norm_1 = self.norm(groups_in, self.norm_eps, name="norm_1", **types)
+        norm_2 = self.norm(self.norm_groups, self.norm_eps, name="norm_2", **types)
         told = () if latent is None else (latent,)
 
         h = act(norm_1(x, *told))
@@ -241,7 +305,8 @@ class ResBlock(nn.Module):
 
         if emb is not None:
             width = self.channels * (2 if self.scale_shift else 1)
-            emb = act(emb.astype(self.dtype))
+            emb = emb.astype(self.dtype)
+            emb = act(emb) if self.time_act else emb
             emb = nn.Dense(width, kernel_init=default_init, name="time", **types)(emb)
             emb = emb[:, None, None, :]
         if emb is None:
@@ -254,8 +319,9 @@ class ResBlock(nn.Module):
 
         h = Dropout(self.dropout, name="dropout")(act(h), keys)
         h = nn.Conv(kernel_size=(3, 3), kernel_init=zeros_init, name="conv_2", **conv)(h)
-        if x.shape[-1] != self.channels:
+        if x.shape[-1] != self.channels or self.resample in ("fir_down", "fir_up"):
             x = nn.Conv(self.channels, (1, 1), kernel_init=default_init, name="shortcut", **types)(
                 x
             )
-        return x.astype(self.dtype) + h
+        h = x.astype(self.dtype) + h
+        return h if self.out_scale == 1.0 else h / self.out_scale
