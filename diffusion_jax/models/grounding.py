@@ -9,7 +9,7 @@ import numpy as np
 from diffusion_jax.core.resize import bicubic_resize, nearest_resize
 from diffusion_jax.core.types import Array
 from diffusion_jax.models.blocks import default_init, zeros_init
-from diffusion_jax.models.convnext import ConvNeXtConfig
+from diffusion_jax.models.convnext import ConvNeXt, ConvNeXtConfig
 from diffusion_jax.models.inputs import DType
 
 RESIZE = {"bicubic": bicubic_resize, "nearest": nearest_resize}
@@ -80,7 +80,9 @@ class TextGroundingConfig(_Config):
           dtype: of the activations, a dtype or its name.
           param_dtype: of the parameters, a dtype or its name.
         """
-        return TextGrounding(self, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype))
+        return TextGrounding(
+            config=self, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype)
+        )
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,9 @@ class TextImageGroundingConfig(_Config):
           dtype: of the activations, a dtype or its name.
           param_dtype: of the parameters, a dtype or its name.
         """
-        return TextImageGrounding(self, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype))
+        return TextImageGrounding(
+            config=self, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype)
+        )
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,9 @@ class KeypointGroundingConfig(_Config):
           dtype: of the activations, a dtype or its name.
           param_dtype: of the parameters, a dtype or its name.
         """
-        return KeypointGrounding(self, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype))
+        return KeypointGrounding(
+            config=self, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype)
+        )
 
 
 @dataclass(frozen=True)
@@ -197,7 +203,7 @@ class MapGroundingConfig(_Config):
           dtype: of the activations, a dtype or its name.
           param_dtype: of the parameters, a dtype or its name.
         """
-        return MapGrounding(self, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype))
+        return MapGrounding(config=self, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype))
 
 
 @dataclass(frozen=True)
@@ -478,7 +484,7 @@ class MapGrounding(_Grounding):
         h = nearest_resize(map, config.size, config.size).astype(self.dtype)
         if config.num_classes is not None:
             h = nn.Conv(3, (3, 3), padding=1, kernel_init=default_init, name="conv_in", **types)(h)
-        h = config.encoder.build(**types).clone(name="encoder")(h)
+        h = ConvNeXt(config.encoder, name="encoder", **types)(h)
         h = h.reshape((h.shape[0], config.num_tokens, h.shape[-1]))
         mask = jnp.broadcast_to(jnp.asarray(mask)[:, None], h.shape[:2])
         h = self.or_null("null_feature", h, mask)

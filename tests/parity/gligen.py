@@ -1,0 +1,94 @@
+"""Runs reference cases of GLIGEN's original modules through ours and their name tables."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+
+from diffusion_jax.io.mapping import convert
+from diffusion_jax.io.tables.gligen import (
+    DOWNSAMPLER_ROWS,
+    FUSER_CLASSES,
+    FUSER_ROWS,
+    POSITION_NET_ROWS,
+    Module,
+    downsampler_config,
+    position_net_config,
+)
+from diffusion_jax.io.tables.unet import UnsupportedOption
+from diffusion_jax.models.gated_attention import FUSERS
+from diffusion_jax.pretrained.components.gligen import grounding_config, grounding_shapes
+
+PEER = "GLIGEN "
+
+
+def run(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | None:
+    """Our outputs for a case, by name and in NCHW; None if the case's form is not implemented."""
+    name = case.get("class", "")
+    if not name.startswith(PEER):
+        return None
+    with np.load(folder / case["inputs_file"]) as file:
+        inputs = dict(file)
+    tensors = {}
+    if "checkpoint" in case:
+        tensors = load_file(folder / case["checkpoint"] / "model.safetensors")
+    try:
+        return _run(name.removeprefix(PEER), case, tensors, inputs)
+    except UnsupportedOption:
+        return None
+
+
+def _run(name: str, case: Mapping[str, Any], tensors, inputs):
+    module = name.split(".")[-1].split()[-1]
+    if module in FUSER_CLASSES:
+        return _fuser(FUSER_CLASSES[module], case, tensors, inputs)
+    config = case.get("config") or {}
+    if module == "PositionNet":
+        form = position_net_config(name, config)
+        names = {**form.arguments, "cond": "map"}
+        objects = _module(form, tensors, {names[key]: value for key, value in inputs.items()})
+        return {"objs": objects}
+    if module == "GroundingDownsampler":
+        # "hed GroundingDownsampler" has no module of its own to be named after.
+        target = name if "." in name else f"{name.split()[0]}_grounding_downsampler"
+        form = downsampler_config(target, config)
+        return {"out": _nchw(_module(form, tensors, {"map": inputs["cond"]}))}
+    return None
+
+
+def _fuser(kind: str, case: Mapping[str, Any], tensors, inputs):
+    module = FUSERS[kind](case["config"]["n_heads"], case["config"]["d_head"])
+    x, objects = inputs["x"], inputs["objs"]
+    gates = {
+        name: float(name.removeprefix("out_scale") or 1)
+        for name in case["outputs"]
+        if name != "out"
+    }
+    gates["out"] = 1.0
+    ones = jnp.ones(len(x))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x, objects, ones)["params"]
+    params = convert(tensors, FUSER_ROWS, shapes)
+    apply = jax.jit(module.apply)
+    return {
+        name: apply({"params": params}, x, objects, gate * ones) for name, gate in gates.items()
+    }
+
+
+def _module(form: Module, tensors, arguments: Mapping[str, np.ndarray]):
+    """A position network or a downsampler; maps are given as NCHW."""
+    config = grounding_config(form)
+    rows = DOWNSAMPLER_ROWS if form.kind == "downsampler" else POSITION_NET_ROWS[form.kind]
+    params = convert(tensors, rows, grounding_shapes(config))
+    arguments = {
+        name: np.moveaxis(value, 1, -1) if value.ndim == 4 else value
+        for name, value in arguments.items()
+    }
+    return jax.jit(config.build().apply)({"params": params}, **arguments)
+
+
+def _nchw(images) -> np.ndarray:
+    return np.moveaxis(np.asarray(images), -1, 1)
