@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.parity import denoisers, diffusion, ldm, originals, samplers
+from tests.parity import denoisers, diffusion, gligen, ldm, originals, samplers, tokenizers
 
 # (case, folder) -> outputs by name, or None where the library cannot do what the case asks.
 Handler = Callable[[Mapping[str, Any], Path], Mapping[str, np.ndarray] | None]
@@ -27,6 +27,8 @@ HANDLERS: tuple[Handler, ...] = (
     denoisers.run,
     originals.run,
     diffusion.run,
+    gligen.run,
+    tokenizers.run,
 )
 
 PASSED, FAILED, NOT_IMPLEMENTED = "passed", "FAILED", "not implemented"
