@@ -9,8 +9,9 @@ from diffusion_jax.models.classifier import (
 )
 from diffusion_jax.models.dit import DiT, DiTConfig
 from diffusion_jax.models.embeddings import Fourier, Sinusoidal
-from diffusion_jax.models.encoder import LevelConfig
+from diffusion_jax.models.levels import LevelConfig
 from diffusion_jax.models.mlp import MLP, MLPConfig
+from diffusion_jax.models.prior import Prior, PriorConfig
 from diffusion_jax.models.unet import UNet, UNetConfig
 
 NETWORKS = {"unet": UNetConfig, "mlp": MLPConfig, "dit": DiTConfig}
@@ -30,6 +31,8 @@ __all__ = [
     "MLPClassifierConfig",
     "MLPConfig",
     "NoisyClassifier",
+    "Prior",
+    "PriorConfig",
     "Sinusoidal",
     "UNet",
     "UNetConfig",

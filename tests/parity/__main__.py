@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.parity import denoisers, diffusion, gligen, ldm, originals, samplers, tokenizers
+from tests.parity import denoisers, diffusion, gligen, ldm, originals, priors, samplers, tokenizers
 
 # (case, folder) -> outputs by name, or None where the library cannot do what the case asks.
 Handler = Callable[[Mapping[str, Any], Path], Mapping[str, np.ndarray] | None]
@@ -28,6 +28,7 @@ HANDLERS: tuple[Handler, ...] = (
     originals.run,
     diffusion.run,
     gligen.run,
+    priors.run,
     tokenizers.run,
 )
 

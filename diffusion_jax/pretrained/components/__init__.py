@@ -3,9 +3,16 @@
 from collections.abc import Mapping
 
 from diffusion_jax.pretrained.components.base import Component
+from diffusion_jax.pretrained.components.dit import DIT
+from diffusion_jax.pretrained.components.prior import CLIP_PROJECTION, PRIOR
 
 __all__ = ["COMPONENTS", "Component"]
 
 # Keys are what `_class_name` of a diffusers config.json and `architectures` of a transformers
 # config.json say. One row per class; no string of a file becomes code outside this table.
-COMPONENTS: Mapping[str, Component] = {}
+COMPONENTS: Mapping[str, Component] = {
+    "PriorTransformer": PRIOR,
+    "UnCLIPTextProjModel": CLIP_PROJECTION,
+    "DiTTransformer2DModel": DIT,
+    "Transformer2DModel": DIT,
+}
