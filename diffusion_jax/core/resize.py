@@ -41,11 +41,13 @@ def cubic_kernel(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
 def _cubic_matrix(old: int, new: int) -> np.ndarray:
     """[new, old] weights; samples beyond the border repeat the border's."""
     matrix = np.zeros((new, old))
-    position = (np.arange(new) + 0.5) * (old / new) - 0.5
+    # In float32 as PyTorch computes it: hundreds of pixels leave few digits for the distance.
+    half, scale = np.float32(0.5), np.float32(old) / np.float32(new)
+    position = scale * (np.arange(new, dtype=np.float32) + half) - half
     first = np.floor(position).astype(int)
     for tap in range(-1, 3):
         source = first + tap
-        weights = cubic_kernel(position - source)
+        weights = cubic_kernel(position.astype(np.float64) - source)
         np.add.at(matrix, (np.arange(new), np.clip(source, 0, old - 1)), weights)
     return matrix.astype(np.float32)
 

@@ -211,8 +211,8 @@ class MapDownsamplerConfig(_Config):
     """Channels for the network's input, of the same map that `MapGroundingConfig` makes tokens of.
 
     Attributes:
-      size: side of the square that maps are resized to; the result's is a quarter of it, or
-        the same without convolutions.
+      size: side of the square that maps are resized to; the result's is a quarter of it, rounded
+        down, or the same without convolutions.
       in_channels: channels of a map; with 1, only the first of its channels is read.
       hidden: channels between the two convolutions; None for no convolutions.
       out_channels: channels of the result; without convolutions, in_channels.
@@ -237,8 +237,8 @@ class MapDownsamplerConfig(_Config):
                 "without convolutions out_channels is in_channels, got "
                 f"out_channels = {self.out_channels} and in_channels = {self.in_channels}"
             )
-        if self.hidden is not None and self.size % 4:
-            raise ValueError(f"size must be a multiple of 4, got {self.size}")
+        if self.hidden is not None and self.size < 4:
+            raise ValueError(f"size must be at least 4 for two convolutions, got {self.size}")
 
     def build(
         self, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32
