@@ -50,9 +50,9 @@ def read_json(path: str | PathLike) -> dict[str, Any]:
         raise WeightsFileError(f"{path} is not valid JSON: {error}") from error
 
 
-def _shard_names(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
-    """The weight map of an index; every file in it is a neighbour of the index."""
-    weight_map = index.get("weight_map")
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor -> file, as an index says it; every file is a neighbour of the index."""
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(type(v) is str for v in weight_map.values()):
         raise WeightsFileError(f"{path} must have a weight_map from tensors to names of files")
     for file in set(weight_map.values()):
@@ -61,10 +61,16 @@ def _shard_names(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
                 f"{path} names the file {file!r}; expected the plain name of a safetensors file in "
                 "the same folder"
             )
-    missing = sorted(file for file in set(weight_map.values()) if not (path.parent / file).exists())
-    if missing:
-        raise WeightsFileError(f"{path} names files that are not there: {', '.join(missing)}")
     return weight_map
+
+
+def indexed_files(path: str | PathLike) -> list[str]:
+    """The names of the files that an index lists.
+
+    Raises:
+      WeightsFileError: if it lists anything but safetensors files of its own folder.
+    """
+    return sorted(set(_weight_map(Path(path)).values()))
 
 
 class ShardedWeights(Mapping[str, np.ndarray]):
@@ -83,8 +89,13 @@ class ShardedWeights(Mapping[str, np.ndarray]):
 
     def __init__(self, path: str | PathLike):
         self.path = Path(path)
-        weight_map = _shard_names(self.path, read_json(self.path))
+        weight_map = _weight_map(self.path)
         files = sorted(set(weight_map.values()))
+        missing = [file for file in files if not (self.path.parent / file).exists()]
+        if missing:
+            raise WeightsFileError(
+                f"{self.path} names files that are not there: {', '.join(missing)}"
+            )
         shards = {file: WeightsFile(self.path.parent / file) for file in files}
         problems = [
             f"{file} lacks {name}" for name, file in weight_map.items() if name not in shards[file]

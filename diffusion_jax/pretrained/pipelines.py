@@ -1,0 +1,239 @@
+"""Pipelines as diffusers lays them out: model_index.json and a folder for each part."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffusion_jax.data.tokenizers import Tokenizer
+from diffusion_jax.data.tokenizers import from_folder as load_tokenizer
+from diffusion_jax.io.files import write_text
+from diffusion_jax.io.safetensors import WeightsFileError
+from diffusion_jax.io.shards import DEFAULT_SHARD_BYTES, open_weights, read_json
+from diffusion_jax.pretrained.networks import (
+    Loaded,
+    Shardings,
+    component_of,
+    load_network,
+    save_network,
+)
+from diffusion_jax.pretrained.schedulers import CLASSES, Scheduler, from_config, to_config
+
+INDEX = "model_index.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
+
+TOKENIZERS: Mapping[str, str] = {
+    "CLIPTokenizer": "clip",
+    "CLIPTokenizerFast": "clip",
+    "BertTokenizer": "bert",
+    "BertTokenizerFast": "bert",
+    "T5Tokenizer": "t5",
+    "T5TokenizerFast": "t5",
+}
+# Parts that check or mark finished pictures, or prepare pictures for encoders; no sampler needs
+# them, and a pipeline is the same without.
+LEFT_OUT = (
+    "StableDiffusionSafetyChecker",
+    "IFSafetyChecker",
+    "IFWatermarker",
+    "CLIPFeatureExtractor",
+    "CLIPImageProcessor",
+    "CLIPImageProcessorFast",
+)
+# The library of a class whose module diffusers keeps beside one of its pipelines.
+_LIBRARIES = {"UnCLIPTextProjModel": "unclip", "LDMBertModel": "latent_diffusion"}
+
+
+@dataclass(frozen=True)
+class Pipeline(Mapping[str, Any]):
+    """The parts of a pipeline by name: pipeline["unet"].params, pipeline["scheduler"].
+
+    Attributes:
+      class_name: the pipeline in diffusers, "StableDiffusionPipeline".
+      parts: name -> `Loaded`, `Scheduler`, `Tokenizer`, or None where the pipeline may have a part
+        and this one does not, or where the part is one of `LEFT_OUT`.
+      options: what else model_index.json says, "force_zeros_for_empty_prompt".
+      entries: the [library, class] of parts as they were read; of other parts it follows from
+        the part.
+    """
+
+    class_name: str
+    parts: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    entries: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.parts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+def _entries(folder: Path) -> tuple[str, dict[str, tuple[str, str] | None], dict[str, Any]]:
+    """(class, parts with their library and class, options) of a model_index.json."""
+    path = folder / INDEX
+    index = read_json(path)
+    class_name = index.get("_class_name")
+    if not isinstance(class_name, str):
+        raise WeightsFileError(f"{path} must have a _class_name, got {class_name!r}")
+    parts: dict[str, tuple[str, str] | None] = {}
+    options = {}
+    for name, value in index.items():
+        if name.startswith("_"):
+            continue
+        if not isinstance(value, list):
+            options[name] = value
+            continue
+        if name != Path(name).name or "\\" in name or name in ("", ".", ".."):
+            raise WeightsFileError(f"{path} names the part {name!r}, which is no plain name")
+        if value == [None, None]:
+            parts[name] = None
+        elif len(value) == 2 and all(isinstance(each, str) for each in value):
+            parts[name] = (value[0], value[1])
+        else:
+            raise WeightsFileError(
+                f"{path}: {name} must be [library, class] or [null, null], got {value!r}"
+            )
+    return class_name, parts, options
+
+
+def is_scheduler(class_name: str) -> bool:
+    """Whether a class of diffusers is a scheduler, by its name."""
+    return class_name in CLASSES or class_name.endswith("Scheduler")
+
+
+def parts_with_weights(folder: Path) -> list[str]:
+    """The names of the networks of a pipeline's folder.
+
+    Raises:
+      WeightsFileError: if model_index.json is broken.
+      UnknownClassError: if it has a class that is not read here.
+    """
+    found = []
+    for name, entry in _entries(folder)[1].items():
+        if entry is None or entry[1] in (*LEFT_OUT, *TOKENIZERS) or is_scheduler(entry[1]):
+            continue
+        component_of(entry[1], folder / INDEX)
+        found.append(name)
+    return found
+
+
+def load_scheduler(folder: Path) -> Scheduler:
+    """Reads a folder with scheduler_config.json."""
+    path = folder / SCHEDULER_CONFIG
+    config = read_json(path)
+    try:
+        return from_config(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _variant_of(folder: Path, variant: str | None) -> str | None:
+    """The variant of a part; as in diffusers, a part that does not have it gives its plain one."""
+    if variant is not None:
+        try:
+            open_weights(folder, variant=variant)
+        except WeightsFileError:
+            return None
+    return variant
+
+
+def _shardings_of(shardings: Any, name: str) -> Any:
+    if isinstance(shardings, Mapping):
+        return shardings.get(name)
+    if callable(shardings):
+        return lambda path, shape: shardings(f"{name}/{path}", shape)
+    return shardings
+
+
+def load_pipeline(
+    folder: Path,
+    *,
+    dtype: Any = None,
+    variant: str | None = None,
+    shardings: Shardings | None = None,
+    check_finite: bool = False,
+    token_length: int | None = None,
+) -> Pipeline:
+    """Reads a folder with model_index.json; see `from_pretrained`."""
+    class_name, entries, options = _entries(folder)
+    networks = parts_with_weights(folder)
+    variants = {name: _variant_of(folder / name, variant) for name in networks}
+    if variant is not None and networks and not any(variants.values()):
+        open_weights(folder / networks[0], variant=variant)
+    if isinstance(shardings, Mapping) and (unknown := sorted(set(shardings) - set(networks))):
+        raise ValueError(f"shardings of {unknown}, but the networks are {networks}")
+    parts: dict[str, Any] = {}
+    for name, entry in entries.items():
+        if entry is None or entry[1] in LEFT_OUT:
+            parts[name] = None
+        elif entry[1] in TOKENIZERS:
+            parts[name] = load_tokenizer(folder, subfolder=name, length=token_length)
+        elif is_scheduler(entry[1]):
+            parts[name] = load_scheduler(folder / name)
+        else:
+            parts[name] = load_network(
+                folder / name,
+                class_name=entry[1],
+                dtype=dtype,
+                variant=variants[name],
+                shardings=_shardings_of(shardings, name),
+                check_finite=check_finite,
+            )
+    known = {name: entry for name, entry in entries.items() if entry and parts[name] is not None}
+    return Pipeline(class_name, parts, options, known)
+
+
+def _entry(pipeline: Pipeline, name: str) -> list[str | None]:
+    part = pipeline[name]
+    if part is None:
+        return [None, None]
+    if isinstance(part, Scheduler):
+        return ["diffusers", part.class_name]
+    if name in pipeline.entries:
+        return list(pipeline.entries[name])
+    if isinstance(part, Tokenizer):
+        (class_name, *_) = [cls for cls, kind in TOKENIZERS.items() if kind == part.kind]
+        return ["transformers", class_name]
+    config = component_of(part.class_name, name).write(part.config)
+    library = "diffusers" if "_class_name" in config else "transformers"
+    return [_LIBRARIES.get(part.class_name, library), part.class_name]
+
+
+def save_pipeline(
+    pipeline: Pipeline,
+    folder: Path,
+    *,
+    variant: str | None = None,
+    max_shard_size: int = DEFAULT_SHARD_BYTES,
+) -> None:
+    """Writes model_index.json and a folder for each part; see `save_pretrained`."""
+    if (folder / INDEX).exists():
+        raise ValueError(f"{folder} already holds a pipeline; choose another folder")
+    for name, part in pipeline.items():
+        if not isinstance(part, Loaded | Scheduler | Tokenizer | None):
+            raise ValueError(
+                f"the part {name!r} must be a Loaded, Scheduler, Tokenizer or None, got "
+                f"{type(part).__name__}"
+            )
+    index = {name: _entry(pipeline, name) for name in pipeline}
+    for name, part in pipeline.items():
+        if isinstance(part, Loaded):
+            save_network(part, folder / name, variant=variant, max_shard_size=max_shard_size)
+        elif isinstance(part, Tokenizer):
+            part.save(folder / name)
+        elif isinstance(part, Scheduler):
+            save_scheduler(part, folder / name)
+    content = {"_class_name": pipeline.class_name, **pipeline.options, **index}
+    write_text(folder / INDEX, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def save_scheduler(scheduler: Scheduler, folder: Path) -> None:
+    """Writes scheduler_config.json to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(to_config(scheduler), indent=2, sort_keys=True)
+    write_text(folder / SCHEDULER_CONFIG, config + "\n")
