@@ -61,11 +61,13 @@ def with_dropout(conditioner: Conditioner, rate: float) -> Conditioner:
 def _join(conditions: list[Condition]) -> Condition:
     filled = {
         slot: [getattr(c, slot) for c in conditions if getattr(c, slot) is not None]
-        for slot in ("vector", "tokens", "image", "grounding")
+        for slot in ("vector", "tokens", "image", "grounding", "time")
     }
     joined = Condition()
     if filled["vector"]:
         joined = joined.replace(vector=sum(filled["vector"]))
+    if filled["time"]:
+        joined = joined.replace(time=sum(filled["time"]))
     if filled["tokens"]:
         masks = [
             jnp.ones(c.tokens.shape[:2], bool) if c.token_mask is None else c.token_mask

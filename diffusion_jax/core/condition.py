@@ -33,6 +33,7 @@ class Condition:
       token_mask: [B, L] bool, True where a token may be attended to.
       image: [B, H, W, C] concatenated to x.
       grounding: objects for gated self-attention.
+      time: [B, F] added to the features that the time embedding is made of.
     """
 
     vector: Array | None = None
@@ -40,6 +41,7 @@ class Condition:
     token_mask: Array | None = None
     image: Array | None = None
     grounding: Grounding | None = None
+    time: Array | None = None
 
     def slots(self) -> tuple[str, ...]:
         """Names of the filled slots."""

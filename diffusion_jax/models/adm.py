@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from diffusion_jax.models.classifier import ClassifierConfig
-from diffusion_jax.models.encoder import LevelConfig
+from diffusion_jax.models.levels import LevelConfig
 from diffusion_jax.models.unet import UNetConfig
 
 # Width of every level in units of the model's width, by the size of the image.

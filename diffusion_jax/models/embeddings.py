@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax.core.types import Array
+from diffusion_jax.models.blocks import ACTIVATIONS
 
 
 def sinusoidal_embedding(
@@ -87,6 +88,7 @@ class Fourier:
       num_frequencies: half the width of the features.
       scale: standard deviation of the random frequencies.
       log: take the features of log t, as networks that are told the noise level σ do.
+      cos_first: cosines before sines.
 
     Raises:
       ValueError: if `num_frequencies` < 1 or `scale` is not positive.
@@ -95,6 +97,7 @@ class Fourier:
     num_frequencies: int = 128
     scale: float = 16.0
     log: bool = True
+    cos_first: bool = False
 
     def __post_init__(self):
         if self.num_frequencies < 1:
@@ -128,42 +131,95 @@ class FourierFeatures(nn.Module):
         time = jnp.asarray(t, jnp.float32)
         time = jnp.log(time) if config.log else time
         angles = 2.0 * math.pi * time[:, None] * weight[None]
-        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+        waves = [jnp.sin(angles), jnp.cos(angles)]
+        return jnp.concatenate(waves[::-1] if config.cos_first else waves, axis=1)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A learned vector of every time as its features.
+
+    Attributes:
+      num_timesteps: T; the network is told integer times 0 … T - 1.
+
+    Raises:
+      ValueError: if `num_timesteps` < 1.
+    """
+
+    num_timesteps: int
+
+    def __post_init__(self):
+        if self.num_timesteps < 1:
+            raise ValueError(f"num_timesteps must be at least 1, got {self.num_timesteps}")
 
 
 class TimeEmbedding(nn.Module):
-    """Features of the time followed by a two-layer SiLU MLP, all in float32.
+    """Features of the time followed by a two-layer MLP, all in float32.
 
     Attributes:
       features: which features.
-      channels: width of sinusoidal features; Fourier features bring their own.
+      channels: width of sinusoidal and learned features; Fourier features bring their own.
       embed_dim: width of the hidden layer and of the result.
       param_dtype: dtype of the parameters.
+      act: activation of the hidden layer, a key of `ACTIVATIONS`.
+      act_last: activation of the result; None for none.
 
     Source: Ho et al. 2020 (arXiv:2006.11239), appendix B.
     """
 
-    features: Sinusoidal | Fourier
+    features: Sinusoidal | Fourier | Learned
     channels: int
     embed_dim: int
     param_dtype: jnp.dtype = jnp.float32
+    act: str = "silu"
+    act_last: str | None = None
 
     @nn.compact
-    def __call__(self, t: Array) -> Array:
-        """t: [B] -> [B, embed_dim] float32."""
-        features = self.features
-        if isinstance(features, Fourier):
-            h = FourierFeatures(features, param_dtype=self.param_dtype, name="fourier")(t)
-        else:
-            h = sinusoidal_embedding(
-                t,
-                self.channels,
-                cos_first=features.cos_first,
-                freq_shift=features.freq_shift,
-                max_period=features.max_period,
-                scale=features.scale,
-            )
+    def __call__(self, t: Array, extra: Array | None = None) -> Array:
+        """Embeds.
+
+        Args:
+          t: [B].
+          extra: [B, F] added to the features; None for nothing.
+
+        Returns:
+          [B, embed_dim] float32.
+
+        Raises:
+          ValueError: if `extra` does not have the width of the features.
+        """
+        h = self._features(t)
+        if extra is not None:
+            if extra.shape != h.shape:
+                raise ValueError(
+                    f"cond.time is added to the features of the time and must have shape "
+                    f"{h.shape}, got {extra.shape}"
+                )
+            h = h + extra.astype(jnp.float32)
         # Half precision here would blur neighbouring times for a cost that nobody can measure.
         options = {"dtype": jnp.float32, "param_dtype": self.param_dtype}
-        h = nn.silu(nn.Dense(self.embed_dim, name="dense_1", **options)(h))
-        return nn.Dense(self.embed_dim, name="dense_2", **options)(h)
+        h = ACTIVATIONS[self.act](nn.Dense(self.embed_dim, name="dense_1", **options)(h))
+        h = nn.Dense(self.embed_dim, name="dense_2", **options)(h)
+        return h if self.act_last is None else ACTIVATIONS[self.act_last](h)
+
+    def _features(self, t: Array) -> Array:
+        features = self.features
+        if isinstance(features, Fourier):
+            return FourierFeatures(features, param_dtype=self.param_dtype, name="fourier")(t)
+        if isinstance(features, Learned):
+            table = nn.Embed(
+                features.num_timesteps,
+                self.channels,
+                dtype=jnp.float32,
+                param_dtype=self.param_dtype,
+                name="learned",
+            )
+            return table(jnp.asarray(t, jnp.int32))
+        return sinusoidal_embedding(
+            t,
+            self.channels,
+            cos_first=features.cos_first,
+            freq_shift=features.freq_shift,
+            max_period=features.max_period,
+            scale=features.scale,
+        )

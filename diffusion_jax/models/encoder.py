@@ -1,6 +1,5 @@
 """The way down and the bottom: the half that a UNet shares with a classifier."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 import flax.linen as nn
@@ -8,172 +7,21 @@ import jax.numpy as jnp
 
 from diffusion_jax.core.condition import Condition
 from diffusion_jax.core.types import Array, Key
-from diffusion_jax.models.attention import AttentionBlock
-from diffusion_jax.models.blocks import Downsample, ResBlock, average_pool, default_init
-from diffusion_jax.models.embeddings import Fourier, Sinusoidal, TimeEmbedding
+from diffusion_jax.models.attention import AttentionBlock, PixelAttention
+from diffusion_jax.models.blocks import (
+    ACTIVATIONS,
+    Downsample,
+    GroupNorm,
+    ResBlock,
+    average_pool,
+    default_init,
+    fir_downsample,
+)
+from diffusion_jax.models.embeddings import TimeEmbedding
 from diffusion_jax.models.inputs import with_image, with_vector
-
-RESAMPLE = ("conv", "block", "pool")
-
-
-@dataclass(frozen=True)
-class LevelConfig:
-    """One resolution of a UNet.
-
-    Attributes:
-      channels: width of the level.
-      num_blocks: residual blocks on the way down; the way up has one more.
-      attention: self-attention after every residual block.
-
-    Raises:
-      ValueError: if a number is below 1.
-    """
-
-    channels: int
-    num_blocks: int = 2
-    attention: bool = False
-
-    def __post_init__(self):
-        for name in ("channels", "num_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """What a UNet and a half-UNet classifier have in common.
-
-    Attributes:
-      levels: from the finest resolution to the coarsest; each halves the one before.
-      time_embed_dim: width of the time embedding; None for 4 · levels[0].channels.
-      time_channels: width of its sinusoidal features; None for levels[0].channels.
-      time_features: what the time embedding is made of.
-      norm_groups: groups of every norm; must divide every width.
-      norm_eps: epsilon of every norm.
-      dropout: rate inside the residual blocks, in [0, 1).
-      scale_shift: the time scales and shifts the norm instead of being added (ADM).
-      resample: "conv" changes resolution by a convolution, "block" inside a residual
-        block (ADM), "pool" without parameters.
-      downsample_padding: "symmetric" or "asymmetric", of the convolution on the way down,
-        see `Downsample`.
-      middle_attention: self-attention at the bottom.
-      middle_attention_groups: groups of its norm; None for norm_groups.
-      num_heads: heads of every attention. At most one of num_heads and head_dim may be
-        given; with neither there is a single head.
-      head_dim: width of a head.
-      remat: recompute every block in the backward pass, for memory.
-
-    Raises:
-      ValueError: if a value is out of range or two of them contradict each other.
-    """
-
-    levels: tuple[LevelConfig, ...] = (
-        LevelConfig(128),
-        LevelConfig(256, attention=True),
-        LevelConfig(256),
-        LevelConfig(256),
-    )
-    time_embed_dim: int | None = None
-    time_channels: int | None = None
-    time_features: Sinusoidal | Fourier = Sinusoidal()
-    norm_groups: int = 32
-    norm_eps: float = 1e-5
-    dropout: float = 0.0
-    scale_shift: bool = False
-    resample: str = "conv"
-    downsample_padding: str = "symmetric"
-    middle_attention: bool = True
-    middle_attention_groups: int | None = None
-    num_heads: int | None = None
-    head_dim: int | None = None
-    remat: bool = False
-
-    def __post_init__(self):
-        if not isinstance(self.levels, tuple) or not self.levels:
-            raise ValueError(f"levels must be a non-empty tuple of LevelConfig, got {self.levels}")
-        at_least_one(self, "norm_groups", "time_embed_dim", "time_channels")
-        at_least_one(self, "num_heads", "head_dim", "middle_attention_groups")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
-        if self.time_channels is not None and isinstance(self.time_features, Fourier):
-            raise ValueError(
-                "time_channels belongs to sinusoidal features; Fourier features have their "
-                f"num_frequencies, got time_channels = {self.time_channels}"
-            )
-        self._check_resampling()
-        self._check_widths()
-
-    def _check_resampling(self):
-        if self.resample not in RESAMPLE:
-            raise ValueError(f"resample must be one of {RESAMPLE}, got {self.resample!r}")
-        if self.downsample_padding not in ("symmetric", "asymmetric"):
-            raise ValueError(
-                "downsample_padding must be 'symmetric' or 'asymmetric', "
-                f"got {self.downsample_padding!r}"
-            )
-        if self.resample != "conv" and self.downsample_padding != "symmetric":
-            raise ValueError(
-                f"downsample_padding belongs to resample='conv', got resample={self.resample!r}"
-            )
-
-    def _check_widths(self):
-        for level in self.levels:
-            if level.channels % self.norm_groups:
-                raise ValueError(
-                    f"every width must be a multiple of norm_groups = {self.norm_groups}, "
-                    f"got channels = {level.channels}"
-                )
-            if level.attention:
-                self.heads(level.channels)
-        groups = self.middle_attention_groups
-        if groups is not None and not self.middle_attention:
-            raise ValueError("middle_attention_groups belongs to middle_attention=True")
-        if self.middle_attention:
-            self.heads(self.levels[-1].channels)
-            if groups is not None and self.levels[-1].channels % groups:
-                raise ValueError(
-                    f"middle_attention_groups must divide {self.levels[-1].channels}, got {groups}"
-                )
-
-    @property
-    def embed_dim(self) -> int:
-        """Width of the time embedding and of cond.vector."""
-        return self.time_embed_dim or 4 * self.levels[0].channels
-
-    def heads(self, channels: int) -> int:
-        """Attention heads at a width.
-
-        Raises:
-          ValueError: if the width cannot be split as configured.
-        """
-        return split_heads(channels, self.num_heads, self.head_dim)
-
-
-def at_least_one(config: object, *names: str) -> None:
-    """Raises ValueError, naming the field, if one of these is neither None nor at least 1."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def split_heads(channels: int, num_heads: int | None, head_dim: int | None) -> int:
-    """Number of heads of a width, from their number or from their width; 1 with neither.
-
-    Raises:
-      ValueError: if both are given, or if they do not divide the width.
-    """
-    if num_heads is not None and head_dim is not None:
-        raise ValueError(
-            "give num_heads or head_dim or neither, "
-            f"got num_heads = {num_heads} and head_dim = {head_dim}"
-        )
-    if channels % (num_heads or head_dim or 1):
-        raise ValueError(
-            f"channels = {channels} cannot be split into heads with num_heads = "
-            f"{num_heads}, head_dim = {head_dim}"
-        )
-    return channels // head_dim if head_dim else num_heads or 1
+from diffusion_jax.models.levels import EncoderConfig, LevelConfig
+from diffusion_jax.models.text_attention import TextAttention, TextAttentionBlock
+from diffusion_jax.models.transformer import SpatialTransformer, SpatialTransformerBlock
 
 
 class Part(nn.Module):
@@ -196,35 +44,85 @@ class Part(nn.Module):
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     def num_heads(self) -> int:
-        """Heads of this level's attention."""
+        """Heads of this level's attention where its specification says nothing."""
         return self.config.heads(self.level.channels)
 
-    def res_block(self, name: str, *, resample: Literal["down", "up"] | None = None) -> nn.Module:
+    @property
+    def resample(self) -> str:
+        """How this level changes the resolution."""
+        return self.config.resample_of(self.level)
+
+    @property
+    def norm_groups(self) -> int | None:
+        """Groups of this level's norms."""
+        return None if self.resample == "pyramid" else self.config.norm_groups
+
+    def _block(self, module: type[nn.Module]) -> type[nn.Module]:
+        return nn.remat(module) if self.config.remat else module
+
+    def res_block(
+        self,
+        name: str,
+        *,
+        resample: Literal["down", "up", "fir_down", "fir_up"] | None = None,
+        norm_groups_in: int | None = None,
+    ) -> nn.Module:
         """A residual block of this level's width."""
-        config = self.config
-        block = nn.remat(ResBlock) if config.remat else ResBlock
-        return block(
-            channels=self.level.channels,
-            norm_groups=config.norm_groups,
+        config, level = self.config, self.level
+        return self._block(ResBlock)(
+            channels=level.channels,
+            norm_groups=self.norm_groups,
             norm_eps=config.norm_eps,
             dropout=config.dropout,
             scale_shift=config.scale_shift,
             resample=resample,
+            act=config.act,
+            time_act=level.time_act,
+            out_scale=level.out_scale,
+            norm_groups_in=norm_groups_in,
             name=name,
             **self.types(),
         )
 
-    def attention(self, name: str, *, norm_groups: int | None = None) -> nn.Module:
-        """Self-attention between the pixels of this level."""
-        config = self.config
-        block = nn.remat(AttentionBlock) if config.remat else AttentionBlock
-        return block(
-            num_heads=self.num_heads(),
-            norm_groups=norm_groups or config.norm_groups,
-            norm_eps=config.norm_eps,
-            name=name,
-            **self.types(),
+    def attend(self, name: str, h: Array, cond: Condition, *, place: int = 0) -> Array:
+        """This level's attention, if it has any.
+
+        Args:
+          name: of the module.
+          h: [B, H, W, C].
+          cond: its tokens, token_mask and grounding are read as the level's attention says.
+          place: number of the residual block that it follows.
+
+        Returns:
+          [B, H, W, C].
+        """
+        spec, config = self.level.attention, self.config
+        options = {"name": name, **self.types()}
+        if not spec:
+            return h
+        if isinstance(spec, SpatialTransformer):
+            heads = spec.num_heads or (
+                self.level.channels // spec.head_dim if spec.head_dim else self.num_heads()
+            )
+            transformer = self._block(SpatialTransformerBlock)(
+                spec, heads, spec.depth_at(place), self.norm_groups, **options
+            )
+            return transformer(h, cond.tokens, cond.token_mask, cond.grounding)
+        if isinstance(spec, TextAttention):
+            heads = spec.num_heads or spec.head_dim or self.num_heads()
+            text = self._block(TextAttentionBlock)(spec, heads, self.norm_groups, **options)
+            return text(h, cond.tokens, cond.token_mask)
+        spec = PixelAttention(self.num_heads()) if spec is True else spec
+        pixels = self._block(AttentionBlock)(
+            spec.num_heads,
+            spec.norm_groups or self.norm_groups,
+            config.norm_eps,
+            GroupNorm if spec.norm else None,
+            spec.head_dim,
+            self.level.out_scale,
+            **options,
         )
+        return pixels(h)
 
 
 class DownLevel(Part):
@@ -241,36 +139,54 @@ class DownLevel(Part):
     last: bool = False
 
     @nn.compact
-    def __call__(self, h: Array, emb: Array, keys: Key | None) -> tuple[Array, list[Array]]:
-        """h: [B, H, W, C], emb: [B, E], keys: [B] or None -> ([B, H', W', C'], the skips)."""
+    def __call__(
+        self, h: Array, emb: Array, cond: Condition, image: Array, *, keys: Key | None
+    ) -> tuple[Array, list[Array], Array]:
+        """Applies the blocks.
+
+        Args:
+          h: [B, H, W, C].
+          emb: [B, E].
+          cond: what attention reads.
+          image: [B, H, W, C_x] the input at this resolution, which a pyramid reads.
+          keys: [B] or None.
+
+        Returns:
+          [B, H', W', channels], the skips, and the input at the new resolution.
+        """
         skips = []
         for j in range(self.level.num_blocks):
             h = self.res_block(f"res_{j}")(h, emb, keys)
-            if self.level.attention:
-                h = self.attention(f"attn_{j}")(h)
+            h = self.attend(f"attn_{j}", h, cond, place=j)
             skips.append(h)
         if self.last:
-            return h, skips
-        if self.config.resample == "block":
+            return h, skips, image
+        if self.resample == "block":
             h = self.res_block("downsample", resample="down")(h, emb, keys)
-        elif self.config.resample == "pool":
+        elif self.resample == "pool":
             h = average_pool(h)
+        elif self.resample == "pyramid":
+            h = self.res_block("downsample", resample="fir_down")(h, emb, keys)
+            image = fir_downsample(image)
+            seen = nn.Dense(self.level.channels, name="image", **self.types())
+            h = h + seen(image)
         else:
             padding = self.config.downsample_padding
             h = Downsample(padding, name="downsample", **self.types())(h)
-        return h, [*skips, h]
+        return h, [*skips, h], image
 
 
 class Middle(Part):
-    """The bottom: a residual block, self-attention, a residual block."""
+    """The bottom: a residual block, attention, a residual block."""
 
     @nn.compact
-    def __call__(self, h: Array, emb: Array, keys: Key | None) -> Array:
+    def __call__(self, h: Array, emb: Array, cond: Condition, keys: Key | None) -> Array:
         """h: [B, H, W, C], emb: [B, E], keys: [B] or None -> [B, H, W, C]."""
-        h = self.res_block("res_0")(h, emb, keys)
-        if self.config.middle_attention:
-            h = self.attention("attn", norm_groups=self.config.middle_attention_groups)(h)
-        return self.res_block("res_1")(h, emb, keys)
+        for j in range(self.level.num_blocks):
+            h = self.res_block(f"res_{j}")(h, emb, keys)
+            if j == 0:
+                h = self.attend("attn", h, cond)
+        return h
 
 
 class Encoder(nn.Module):
@@ -290,55 +206,74 @@ class Encoder(nn.Module):
         """Arguments that every module takes."""
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
+    def embed(self, t: Array, cond: Condition) -> Array:
+        """The time and cond.vector as one embedding, [B] -> [B, E]."""
+        config = self.config
+        emb = TimeEmbedding(
+            config.time_features,
+            config.time_channels or config.levels[0].channels,
+            config.embed_dim,
+            self.param_dtype,
+            config.outer_act or config.act,
+            config.time_act_last,
+            name="time_embed",
+        )(t, cond.time)
+        emb = with_vector(emb, cond, concat=config.concat_vector)
+        return emb if config.embed_act is None else ACTIVATIONS[config.embed_act](emb)
+
     def encode(
         self, x: Array, t: Array, cond: Condition, *, keys: Key | None
     ) -> tuple[Array, list[Array], Array]:
         """Everything up to the bottom; to be called once, inside of a compact method.
 
         Args:
-          x: [B, H, W, C] noisy images; H and W multiples of 2^(levels - 1).
+          x: [B, H, W, C] noisy images; H and W multiples of 2^(levels - 1), or any where
+            convolutions change the resolution.
           t: [B].
-          cond: vector [B, embed_dim], image [B, H, W, C'], or neither.
+          cond: vector [B, embed_dim], image [B, H, W, C'], and what the levels attend to.
           keys: [B] or None.
 
         Returns:
           The bottom [B, H', W', C'], every output on the way down [B, H_j, W_j, C_j] and the
-          embedding [B, embed_dim].
+          embedding [B, E].
 
         Raises:
           ValueError: if x is no image of a fitting size.
         """
-        config, base = self.config, self.config.levels[0].channels
-        _check_size(x, len(config.levels))
-        emb = TimeEmbedding(
-            config.time_features,
-            config.time_channels or base,
-            config.embed_dim,
-            self.param_dtype,
-            name="time_embed",
-        )(t)
-        emb = with_vector(emb, cond)
+        config = self.config
+        _check_size(x, config)
+        emb = self.embed(t, cond)
+        image = with_image(2.0 * x - 1.0 if config.center_input else x, cond)
         conv_in = nn.Conv(
-            base, (3, 3), padding=1, kernel_init=default_init, name="conv_in", **self.types()
+            config.levels[0].channels,
+            (config.conv_in_kernel, config.conv_in_kernel),
+            padding=(config.conv_in_kernel - 1) // 2,
+            kernel_init=default_init,
+            name="conv_in",
+            **self.types(),
         )
-        h = conv_in(with_image(x, cond))
+        h = conv_in(image)
         skips = [h]
         for i, level in enumerate(config.levels):
             last = i == len(config.levels) - 1
             down = DownLevel(config, level, last=last, name=f"down_{i}", **self.types())
-            h, made = down(h, emb, keys)
+            h, made, image = down(h, emb, cond, image, keys=keys)
             skips += made
-        h = Middle(config, config.levels[-1], name="mid", **self.types())(h, emb, keys)
+        if config.middle is not None:
+            h = Middle(config, config.middle, name="mid", **self.types())(h, emb, cond, keys)
         return h, skips, emb
 
 
-def _check_size(x: Array, num_levels: int) -> None:
-    """Raises ValueError unless x is [B, H, W, C] and can be halved num_levels - 1 times."""
-    factor = 2 ** (num_levels - 1)
+def _check_size(x: Array, config: EncoderConfig) -> None:
+    """Raises ValueError unless x is [B, H, W, C] and can be halved as often as there are levels."""
     if x.ndim != 4:
         raise ValueError(f"x must be images of shape [B, H, W, C], got {x.shape}")
+    factor = 2 ** (len(config.levels) - 1)
+    # A convolution takes any size, and the way up takes that of the skip.
+    if all(config.resample_of(level) == "conv" for level in config.levels[:-1]):
+        return
     if x.shape[1] % factor or x.shape[2] % factor:
         raise ValueError(
             f"height and width must be multiples of {factor}, since the network has "
-            f"{num_levels} levels, got {x.shape[1]} x {x.shape[2]}"
+            f"{len(config.levels)} levels, got {x.shape[1]} x {x.shape[2]}"
         )

@@ -1,5 +1,6 @@
 """What every network checks about its inputs before it computes anything."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,26 +13,38 @@ READS = ("vector", "image")
 
 
 def check_inputs(
-    x: Array, t: Array, cond: Condition, *, keys: Key | None, embed_dim: int, needs_vector: bool
+    x: Array,
+    t: Array,
+    cond: Condition,
+    *,
+    keys: Key | None,
+    embed_dim: int,
+    needs_vector: bool,
+    needs_tokens: bool = False,
+    reads: Sequence[str] = READS,
 ) -> None:
     """Raises ValueError unless the inputs of a network fit each other.
 
     Args:
       x: [B, ..., C].
       t: [B].
-      cond: may fill `vector` [B, embed_dim] and `image` [B, ..., C'], nothing else.
+      cond: may fill the slots that the network reads: `vector` [B, embed_dim], `image`
+        [B, ..., C'], `tokens` [B, L, D] with `token_mask` [B, L].
       keys: [B] or None.
       embed_dim: width of the network's time embedding.
       needs_vector: whether `cond.vector` must be there.
+      needs_tokens: whether `cond.tokens` must be there.
+      reads: the slots that the network reads.
     """
     check_batch(x, t, keys)
-    unread = sorted(set(cond.slots()) - set(READS))
+    unread = sorted(set(cond.slots()) - set(reads))
     if unread:
         raise ValueError(
-            f"this network reads the slots {list(READS)} of a condition, got {unread} as well; "
+            f"this network reads the slots {list(reads)} of a condition, got {unread} as well; "
             "use a network with attention to them, or a conditioner that does not fill them"
         )
     _check_vector(cond, (x.shape[0], embed_dim), needs_vector)
+    _check_tokens(cond, x.shape[0], needs_tokens)
     if cond.image is not None and cond.image.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"cond.image must agree with x in all but the channels, x has shape {x.shape}, "
@@ -73,6 +86,25 @@ def _check_vector(cond: Condition, shape: tuple[int, int], needed: bool) -> None
         )
 
 
+def _check_tokens(cond: Condition, batch: int, needed: bool) -> None:
+    tokens, mask = cond.tokens, cond.token_mask
+    if tokens is None:
+        if needed or mask is not None:
+            raise ValueError(
+                "this network attends to cond.tokens [B, L, D], got None; is the conditioner "
+                "missing?"
+            )
+    elif tokens.ndim != 3 or tokens.shape[0] != batch:
+        raise ValueError(
+            f"cond.tokens must have shape [B, L, D] with B = {batch}, got {tokens.shape}"
+        )
+    elif mask is not None and (mask.shape != tokens.shape[:2] or mask.dtype != jnp.bool_):
+        raise ValueError(
+            f"cond.token_mask must be bool of shape {tokens.shape[:2]}, one value for each token, "
+            f"got {mask.dtype} of shape {mask.shape}"
+        )
+
+
 def with_image(x: Array, cond: Condition) -> Array:
     """x with the channels of cond.image behind its own, [B, ..., C] -> [B, ..., C + C']."""
     if cond.image is None:
@@ -80,6 +112,13 @@ def with_image(x: Array, cond: Condition) -> Array:
     return jnp.concatenate([x, cond.image.astype(x.dtype)], axis=-1)
 
 
-def with_vector(emb: Array, cond: Condition) -> Array:
-    """The time embedding plus cond.vector, [B, E] -> [B, E]."""
-    return emb if cond.vector is None else emb + cond.vector.astype(emb.dtype)
+def with_vector(emb: Array, cond: Condition, *, concat: bool = False) -> Array:
+    """The time embedding plus cond.vector [B, E], or followed by it.
+
+    Returns:
+      [B, E], or [B, 2 E] where `concat`.
+    """
+    if cond.vector is None:
+        return emb
+    vector = cond.vector.astype(emb.dtype)
+    return jnp.concatenate([emb, vector], axis=-1) if concat else emb + vector
