@@ -17,7 +17,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.parity import denoisers, diffusion, gligen, ldm, originals, priors, samplers, tokenizers
+from tests.parity import (
+    denoisers,
+    diffusion,
+    encoders,
+    gligen,
+    ldm,
+    originals,
+    priors,
+    samplers,
+    tokenizers,
+)
 
 # (case, folder) -> outputs by name, or None where the library cannot do what the case asks.
 Handler = Callable[[Mapping[str, Any], Path], Mapping[str, np.ndarray] | None]
@@ -30,6 +40,7 @@ HANDLERS: tuple[Handler, ...] = (
     gligen.run,
     priors.run,
     tokenizers.run,
+    encoders.run,
 )
 
 PASSED, FAILED, NOT_IMPLEMENTED = "passed", "FAILED", "not implemented"

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from diffusion_jax.pretrained.components.base import Component
 from diffusion_jax.pretrained.components.dit import DIT
+from diffusion_jax.pretrained.components.encoders import ENCODERS
 from diffusion_jax.pretrained.components.prior import CLIP_PROJECTION, PRIOR
 
 __all__ = ["COMPONENTS", "Component"]
@@ -15,4 +16,5 @@ COMPONENTS: Mapping[str, Component] = {
     "UnCLIPTextProjModel": CLIP_PROJECTION,
     "DiTTransformer2DModel": DIT,
     "Transformer2DModel": DIT,
+    **ENCODERS,
 }

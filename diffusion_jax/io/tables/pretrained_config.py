@@ -1,0 +1,111 @@
+"""What the configurations of transformers' models have in common, and how they are completed."""
+
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from diffusion_jax.io.tables.unet import UnsupportedOption
+
+# Keys that any configuration may hold and that say nothing about what an encoder computes:
+# about the file, about calls and their outputs, about heads and generation, about training.
+METADATA: frozenset[str] = frozenset(
+    """
+    architectures model_type transformers_version torch_dtype dtype use_bfloat16 torchscript
+    tokenizer_class prefix finetuning_task problem_type task_specific_params id2label label2id
+    num_labels return_dict output_attentions output_hidden_states output_scores output_past
+    return_dict_in_generate chunk_size_feed_forward use_cache pruned_heads tie_encoder_decoder
+    tie_word_embeddings is_encoder_decoder add_cross_attention cross_attention_hidden_size
+    tf_legacy_loss initializer_range initializer_factor gradient_checkpointing
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
+    bad_words_ids begin_suppress_tokens suppress_tokens forced_bos_token_id forced_eos_token_id
+    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty length_penalty max_length min_length no_repeat_ngram_size
+    num_beam_groups num_beams num_return_sequences remove_invalid_values repetition_penalty
+    temperature top_k top_p typical_p
+    """.split()
+)
+
+
+def complete(
+    config: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    *,
+    model: str,
+    unread: Collection[str] = (),
+    aliases: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """A configuration with all its options and nothing else.
+
+    Args:
+      config: the parsed config.json; keys that start with "_" are metadata.
+      defaults: every option that is read, with the value of a file that does not give it.
+      model: whose configuration it is, for messages.
+      unread: further keys that have no effect on the encoder.
+      aliases: other names of options -> their names.
+
+    Raises:
+      UnsupportedOption: naming every key that nobody knows and what may have been meant, or an
+        option that is given twice with two values.
+    """
+    aliases = aliases or {}
+    given, unknown = {}, []
+    known = {*defaults, *unread, *METADATA, *aliases}
+    for key, value in config.items():
+        name = aliases.get(key, key)
+        if key.startswith("_"):
+            continue
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            unknown.append(f"{key!r}" + (f" (is {close[0]!r} meant?)" if close else ""))
+        elif name in defaults:
+            if given.setdefault(name, value) != value:
+                raise UnsupportedOption(f"{name} of a {model} is given twice, also as another name")
+    if unknown:
+        raise UnsupportedOption(f"unknown options of a {model}: {', '.join(unknown)}")
+    return {**defaults, **given}
+
+
+# Names of activations in configurations -> ours; the first of ours is the name that is written.
+ACTIVATIONS: Mapping[str, str] = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "mish": "mish",
+}
+
+
+def our_activation(option: str, value: Any, model: str) -> str:
+    """Our name of an activation.
+
+    Raises:
+      UnsupportedOption: if it is none of `ACTIVATIONS`.
+    """
+    if value not in ACTIVATIONS:
+        raise refuse(option, value, "one of " + ", ".join(ACTIVATIONS), model)
+    return ACTIVATIONS[value]
+
+
+def their_activation(activation: str) -> str:
+    """The name that a configuration has for one of our activations."""
+    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == activation)
+
+
+def refuse(option: str, value: Any, expected: str, model: str) -> UnsupportedOption:
+    """The error for a value that we do not compute."""
+    return UnsupportedOption(f"{option} of a {model} must be {expected}, got {value!r}")
+
+
+def check_numbers(full: Mapping[str, Any], *options: str, model: str) -> None:
+    """Raises UnsupportedOption unless all of these are integers from 1 on."""
+    for option in options:
+        value = full[option]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise refuse(option, value, "an integer, at least 1", model)
