@@ -83,7 +83,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"the key {key!r} occurs twice")
+            raise ValueError(f"the key {key!r:.200} occurs twice")
         result[key] = value
     return result
 
@@ -118,22 +118,26 @@ def _is_count(value: Any) -> bool:
 def _spec(name: str, entry: Any) -> tuple[TensorSpec, int]:
     """(a tensor's spec with its start in the data, its end)."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _Invalid(f"tensor {name!r} must have dtype, shape and data_offsets, got {entry!r}")
+        raise _Invalid(
+            f"tensor {name!r:.200} must have dtype, shape and data_offsets, got {entry!r:.99}"
+        )
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise _Invalid(f"tensor {name!r} has dtype {code!r}; known are {', '.join(DTYPES)}")
+        raise _Invalid(
+            f"tensor {name!r:.200} has dtype {code!r:.99}; known are {', '.join(DTYPES)}"
+        )
     if not isinstance(shape, list) or not all(map(_is_count, shape)) or len(shape) > MAX_RANK:
         raise _Invalid(
-            f"tensor {name!r} must have a shape of at most {MAX_RANK} integers >= 0, got {shape!r}"
+            f"tensor {name!r:.200} must have a shape of at most {MAX_RANK} integers >= 0, got {shape!r:.99}"
         )
     if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
-        raise _Invalid(f"tensor {name!r} of shape {shape} is larger than any memory")
+        raise _Invalid(f"tensor {name!r:.200} of shape {shape!r:.200} is larger than any memory")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise _Invalid(f"tensor {name!r} must have two data_offsets >= 0, got {offsets!r}")
+        raise _Invalid(f"tensor {name!r:.200} must have two data_offsets >= 0, got {offsets!r:.99}")
     spec = TensorSpec(DTYPES[code], tuple(shape), offsets[0])
     if offsets[1] - offsets[0] != spec.nbytes:
         raise _Invalid(
-            f"tensor {name!r} of dtype {code} and shape {shape} needs {spec.nbytes} bytes, its "
+            f"tensor {name!r:.200} of dtype {code} and shape {shape!r:.200} needs {spec.nbytes} bytes, its "
             f"data_offsets {offsets} hold {offsets[1] - offsets[0]}"
         )
     return spec, offsets[1]
@@ -152,7 +156,7 @@ def _checked(
     """(specs with absolute starts, metadata) of a header whose data lie in [start, size)."""
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or any(type(v) is not str for v in metadata.values()):
-        raise _Invalid(f"__metadata__ must map strings to strings, got {metadata!r:.200}")
+        raise _Invalid(f"__metadata__ must map strings to strings, got {metadata!r:.99}")
     if len(header) > MAX_TENSORS:
         raise _Invalid(f"it holds {len(header)} tensors, more than {MAX_TENSORS}")
     found = {name: _spec(name, entry) for name, entry in header.items()}
@@ -160,7 +164,9 @@ def _checked(
     for name, (spec, end) in sorted(found.items(), key=lambda item: (item[1][0].start, item[1][1])):
         if spec.start != position:
             kind = "overlaps the tensor before it" if spec.start < position else "follows a hole"
-            raise _Invalid(f"tensor {name!r} begins at {spec.start}, not at {position}: it {kind}")
+            raise _Invalid(
+                f"tensor {name!r:.200} begins at {spec.start}, not at {position}: it {kind}"
+            )
         position = end
     if start + position != size:
         kind = "is cut off" if start + position > size else "has data that belong to no tensor"
@@ -268,7 +274,7 @@ def _header(tensors: Mapping[str, Any], names: list[str], metadata: Mapping[str,
         code = _CODES.get(np.dtype(tensor.dtype).newbyteorder("<"))
         if code is None:
             raise ValueError(
-                f"tensor {name!r} has dtype {tensor.dtype}; safetensors files hold "
+                f"tensor {name!r:.200} has dtype {tensor.dtype}; safetensors files hold "
                 f"{', '.join(str(dtype) for dtype in _CODES)}"
             )
         end = position + math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
