@@ -12,6 +12,7 @@ import tyro
 from diffusion_jax.commands.bench_plan import Benchmark, find_benchmark
 from diffusion_jax.configuration import TABLES
 from diffusion_jax.experiment import EXPERIMENTS, Experiment, find, find_stages, run_configs
+from diffusion_jax.systems.parts import SWITCHES
 
 USAGE = f"""usage: diffusion-jax COMMAND …
 
@@ -276,7 +277,8 @@ def exchange_parts(config: Any, arguments: Sequence[str]) -> tuple[Any, list[str
     """Takes part options out of the arguments and exchanges the parts.
 
     `--system.sampler ddim` puts a default DDIM where the configuration has another sampler;
-    options of the new part may follow.
+    options of the new part may follow. A part that may be switched off or on, as attention, also
+    takes True and False, or no value for True, or `no-` before its name for False.
 
     Returns:
       the changed configuration and the arguments that are left.
@@ -288,7 +290,17 @@ def exchange_parts(config: Any, arguments: Sequence[str]) -> tuple[Any, list[str
     while index < len(arguments):
         path, separator, value = arguments[index].partition("=")
         names = path.removeprefix("--").replace("-", "_").split(".")
-        if path.startswith("--") and names[-1] in TABLES and _reaches_part(config, names):
+        switched = [*names[:-1], names[-1].removeprefix("no_")]
+        if path.startswith("--") and _reaches_switch(config, switched):
+            following = "".join(arguments[index + 1 : index + 2])
+            if switched != names:
+                value = "False"
+            elif not separator and (not following or following.startswith("-")):
+                value = "True"
+            elif not separator:
+                index, value = index + 1, following
+            config = _replace_part(config, switched, value)
+        elif path.startswith("--") and names[-1] in TABLES and _reaches_part(config, names):
             if not separator:
                 index += 1
                 if index == len(arguments):
@@ -301,16 +313,35 @@ def exchange_parts(config: Any, arguments: Sequence[str]) -> tuple[Any, list[str
     return config, left
 
 
-def _reaches_part(config: Any, names: list[str]) -> bool:
+def _found(config: Any, names: list[str]) -> Any:
+    """What lies there in a configuration; None if nothing does."""
     for name in names:
-        if not hasattr(config, name):
-            return False
-        config = getattr(config, name)
-    return dataclasses.is_dataclass(config)
+        if isinstance(config, tuple) and name.isdecimal() and int(name) < len(config):
+            config = config[int(name)]
+        else:
+            config = getattr(config, name, None)
+    return config
+
+
+def _reaches_part(config: Any, names: list[str]) -> bool:
+    return dataclasses.is_dataclass(_found(config, names))
+
+
+def _reaches_switch(config: Any, names: list[str]) -> bool:
+    if names[-1] not in SWITCHES:
+        return False
+    found = _found(config, names)
+    return isinstance(found, bool) or dataclasses.is_dataclass(found)
 
 
 def _replace_part(config: Any, names: list[str], kind: str) -> Any:
     name, *rest = names
+    if isinstance(config, tuple):
+        index = int(name)
+        part = _replace_part(config[index], rest, kind)
+        return (*config[:index], part, *config[index + 1 :])
+    if not rest and name in SWITCHES and kind in ("True", "False"):
+        return dataclasses.replace(config, **{name: kind == "True"})
     if rest:
         part = _replace_part(getattr(config, name), rest, kind)
         return dataclasses.replace(config, **{name: part})

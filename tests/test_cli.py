@@ -9,6 +9,7 @@ from diffusion_jax.configuration import TABLES
 from diffusion_jax.data import Folder
 from diffusion_jax.experiment import find, save
 from diffusion_jax.guidance import DynamicThreshold
+from diffusion_jax.models import SpatialTransformer, TextAttention
 from diffusion_jax.samplers import DDIM, DPMSolverMultistep
 
 TRAIN = ["train", "classifier_free", "--tiny", "--workdir", "w"]
@@ -59,6 +60,26 @@ def test_parts_are_exchanged_by_name_and_take_options():
     assert find("classifier_free", tiny=True).system.sampler == DPMSolverMultistep()
 
 
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["attention"], True),
+        (["no-attention"], False),
+        (["attention", "False"], False),
+        (["attention=True"], True),
+        (["attention", "transformer"], SpatialTransformer()),
+        (
+            ["attention", "text", "--system.network.levels.0.attention.head-dim=2"],
+            TextAttention(head_dim=2),
+        ),
+    ],
+)
+def test_attention_is_a_part_or_a_switch(arguments, expected):
+    first, *rest = arguments
+    command = cli.parse([*TRAIN, f"--system.network.levels.0.{first}", *rest, "--training.seed=3"])
+    assert command.config.system.network.levels[0].attention == expected
+
+
 def test_a_part_with_required_values_asks_for_them(capsys):
     folder = ["--data", "folder", "--data.image-size", "8", "--data.channels", "1"]
     command = cli.parse([*TRAIN, *folder, "--data.path", "pictures"])
@@ -77,11 +98,13 @@ def test_every_row_of_every_table_can_be_chosen(field):
         "data": "data",
         "features": "evaluation.features",
         "weight": "system.loss.weight",
+        "attention": "system.network.levels.0.attention",
+        "middle_attention": "system.network.middle_attention",
     }.get(field, f"system.{field}")
     for kind, part in TABLES[field].items():
         config, left = cli.exchange_parts(start, [f"--{where}", kind, "--more"])
         for name in where.split("."):
-            config = getattr(config, name)
+            config = config[int(name)] if name.isdecimal() else getattr(config, name)
         assert type(config) is part and left == ["--more"]
 
 

@@ -1,6 +1,7 @@
 """Networks: linen modules from x_t, the time and a condition to a prediction."""
 
 from diffusion_jax.models.adm import adm_classifier, adm_levels, adm_unet, adm_upsampler
+from diffusion_jax.models.attention import PixelAttention
 from diffusion_jax.models.classifier import (
     ClassifierConfig,
     MLPClassifier,
@@ -8,17 +9,22 @@ from diffusion_jax.models.classifier import (
     NoisyClassifier,
 )
 from diffusion_jax.models.dit import DiT, DiTConfig
-from diffusion_jax.models.embeddings import Fourier, Sinusoidal
+from diffusion_jax.models.embeddings import Fourier, Learned, Sinusoidal
 from diffusion_jax.models.levels import LevelConfig
 from diffusion_jax.models.mlp import MLP, MLPConfig
 from diffusion_jax.models.prior import Prior, PriorConfig
+from diffusion_jax.models.text_attention import TextAttention
+from diffusion_jax.models.transformer import SpatialTransformer
 from diffusion_jax.models.unet import UNet, UNetConfig
 
 NETWORKS = {"unet": UNetConfig, "mlp": MLPConfig, "dit": DiTConfig}
 # Networks from x_t and the time to the logits of classes.
 CLASSIFIERS = {"unet": ClassifierConfig, "mlp": MLPClassifierConfig}
+# What may follow the residual blocks of a UNet's level.
+ATTENTIONS = {"pixels": PixelAttention, "text": TextAttention, "transformer": SpatialTransformer}
 
 __all__ = [
+    "ATTENTIONS",
     "CLASSIFIERS",
     "MLP",
     "NETWORKS",
@@ -26,14 +32,18 @@ __all__ = [
     "DiT",
     "DiTConfig",
     "Fourier",
+    "Learned",
     "LevelConfig",
     "MLPClassifier",
     "MLPClassifierConfig",
     "MLPConfig",
     "NoisyClassifier",
+    "PixelAttention",
     "Prior",
     "PriorConfig",
     "Sinusoidal",
+    "SpatialTransformer",
+    "TextAttention",
     "UNet",
     "UNetConfig",
     "adm_classifier",

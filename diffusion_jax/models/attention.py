@@ -216,7 +216,7 @@ class PixelAttention:
       ValueError: if a number is below 1.
     """
 
-    num_heads: int
+    num_heads: int = 1
     head_dim: int | None = None
     norm: bool = True
     norm_groups: int | None = None

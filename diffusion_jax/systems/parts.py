@@ -51,6 +51,7 @@ from diffusion_jax.losses import (
     Simple,
 )
 from diffusion_jax.models import (
+    ATTENTIONS,
     CLASSIFIERS,
     NETWORKS,
     ClassifierConfig,
@@ -147,7 +148,11 @@ PARTS = {
     "guidance": {**GUIDANCE, "classifier": ClassifierGuidance},
     "classifier": CLASSIFIERS,
     "threshold": THRESHOLDS,
+    "attention": ATTENTIONS,
+    "middle_attention": ATTENTIONS,
 }
+# Fields that may be True or False instead of a part.
+SWITCHES = ("attention", "middle_attention")
 
 
 def time_input(name: str, schedule: NoiseSchedule) -> Callable[[NoiseLevel], Array]:
