@@ -128,7 +128,8 @@ def _spec(name: str, entry: Any) -> tuple[TensorSpec, int]:
         )
     if not isinstance(shape, list) or not all(map(_is_count, shape)) or len(shape) > MAX_RANK:
         raise _Invalid(
-            f"tensor {name!r:.200} must have a shape of at most {MAX_RANK} integers >= 0, got {shape!r:.99}"
+            f"tensor {name!r:.200} must have a shape of at most {MAX_RANK} integers >= 0, got "
+            f"{shape!r:.99}"
         )
     if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
         raise _Invalid(f"tensor {name!r:.200} of shape {shape!r:.200} is larger than any memory")
@@ -137,8 +138,8 @@ def _spec(name: str, entry: Any) -> tuple[TensorSpec, int]:
     spec = TensorSpec(DTYPES[code], tuple(shape), offsets[0])
     if offsets[1] - offsets[0] != spec.nbytes:
         raise _Invalid(
-            f"tensor {name!r:.200} of dtype {code} and shape {shape!r:.200} needs {spec.nbytes} bytes, its "
-            f"data_offsets {offsets} hold {offsets[1] - offsets[0]}"
+            f"tensor {name!r:.200} of dtype {code} and shape {shape!r:.200} needs {spec.nbytes} "
+            f"bytes, its data_offsets {offsets} hold {offsets[1] - offsets[0]}"
         )
     return spec, offsets[1]
 
