@@ -136,6 +136,35 @@ def encoder_fields(full: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def encoder_options(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that `encoder_fields` reads: the translation back, which loses what they miss.
+
+    Raises:
+      UnsupportedOption: if the levels differ in their number of blocks.
+    """
+    width, levels = fields["time_channels"], fields["levels"]
+    blocks = {level["num_blocks"] for level in levels}
+    if len(blocks) != 1:
+        raise UnsupportedOption(
+            f"the original network has one number of blocks for all levels, got {sorted(blocks)}"
+        )
+    mults = [level["channels"] / width for level in levels]
+    by_width = fields["head_dim"] is not None
+    return {
+        "model_channels": width,
+        "channel_mult": [int(mult) if mult == int(mult) else mult for mult in mults],
+        "num_res_blocks": blocks.pop(),
+        "attention_resolutions": [2**i for i, level in enumerate(levels) if level["attention"]],
+        "dropout": fields["dropout"],
+        "use_scale_shift_norm": fields["scale_shift"],
+        "resblock_updown": fields["resample"] == "block",
+        "conv_resample": fields["resample"] != "pool",
+        "num_heads": 1 if by_width else fields["num_heads"],
+        "num_head_channels": fields["head_dim"] if by_width else -1,
+        "use_checkpoint": fields["remat"],
+    }
+
+
 def dtype_of(full: Mapping[str, Any]) -> str:
     """Name of the dtype of the activations."""
     return "float16" if full["use_fp16"] else "float32"
