@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.parity import (
+    autoencoders,
     denoisers,
     diffusion,
     encoders,
@@ -43,6 +44,7 @@ HANDLERS: tuple[Handler, ...] = (
     priors.run,
     tokenizers.run,
     encoders.run,
+    autoencoders.run,
 )
 
 PASSED, FAILED, NOT_IMPLEMENTED = "passed", "FAILED", "not implemented"

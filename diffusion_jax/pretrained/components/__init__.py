@@ -2,6 +2,11 @@
 
 from collections.abc import Mapping
 
+from diffusion_jax.pretrained.components.autoencoder import (
+    AUTOENCODER_KL,
+    AUTOENCODER_TINY,
+    VQ_MODEL,
+)
 from diffusion_jax.pretrained.components.base import Component
 from diffusion_jax.pretrained.components.dit import DIT
 from diffusion_jax.pretrained.components.encoders import ENCODERS
@@ -12,6 +17,9 @@ __all__ = ["COMPONENTS", "Component"]
 # Keys are what `_class_name` of a diffusers config.json and `architectures` of a transformers
 # config.json say. One row per class; no string of a file becomes code outside this table.
 COMPONENTS: Mapping[str, Component] = {
+    "AutoencoderKL": AUTOENCODER_KL,
+    "VQModel": VQ_MODEL,
+    "AutoencoderTiny": AUTOENCODER_TINY,
     "PriorTransformer": PRIOR,
     "UnCLIPTextProjModel": CLIP_PROJECTION,
     "DiTTransformer2DModel": DIT,
