@@ -12,6 +12,8 @@ import regex
 _WORDS = regex.compile(r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 # Words whose numbers are remembered: merging is slow, and captions repeat their words.
 _REMEMBERED_WORDS = 1 << 14
+# The file of OpenAI's CLIP has five times as many.
+_CLIP_MERGES = 49152 - 256 - 2
 
 
 def byte_letters() -> tuple[str, ...]:
@@ -62,6 +64,24 @@ def read_merges(text: str, name: str) -> list[tuple[str, str]]:
         if parts:
             merges.append((parts[0], parts[1]))
     return merges
+
+
+def openai_clip_vocabulary(
+    merges: Sequence[tuple[str, str]],
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Numbers of the pieces of OpenAI's CLIP, which follow from its merges, and the merges it uses.
+
+    Visible bytes, the others, both again as ends of words ("</w>"), what the merges become, and
+    the two special tokens: 49408 pieces with the 48894 merges that are used of the released file.
+
+    Source: Radford et al. 2021 (arXiv:2103.00020), released code.
+    """
+    used = list(merges[:_CLIP_MERGES])
+    letters = sorted(_LETTERS)
+    pieces = [*letters, *(letter + "</w>" for letter in letters)]
+    pieces += [first + second for first, second in used]
+    pieces += ["<|startoftext|>", "<|endoftext|>"]
+    return {piece: number for number, piece in enumerate(pieces)}, used
 
 
 class BytePairs:

@@ -1,44 +1,37 @@
 """Tokenizers: prompts to integers with the files of released models, without torch."""
 
-import gzip
 import json
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from diffusion_jax.data.byte_pairs import BytePairs, read_merges, read_vocabulary
+from diffusion_jax.data.byte_pairs import (
+    BytePairs,
+    openai_clip_vocabulary,
+    read_merges,
+    read_vocabulary,
+)
+from diffusion_jax.data.tokenizer_files import (
+    CONFIG,
+    NO_LENGTH,
+    OPENAI_CLIP,
+    Folder,
+    kind_of,
+    length_of,
+    read_config,
+    read_folder,
+)
 
 PADDINGS = ("length", "longest")
 ON_LONG_PROMPT = ("warn", "error")
 BACKENDS = ("transformers", "sentencepiece")
 
-# Without a limit in their files transformers' tokenizers count to 1e30.
-_NO_LENGTH = 10**6
-# Vocabularies have a megabyte or two; a hostile .gz unpacks to anything.
-_MAX_BYTES = 64 * 2**20
 _SHOWN = 500
-
-CONFIG = "tokenizer_config.json"
-# Everything that a tokenizer's folder may hold and that is read, and written again by `save`.
-FILES = (
-    CONFIG,
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "spiece.model",
-    "encoder.json",
-    "encoder.json.gz",
-    "vocab.bpe",
-    "vocab.bpe.gz",
-)
 
 
 class Tokens(NamedTuple):
@@ -86,7 +79,7 @@ class Tokenizer:
     files: Mapping[str, bytes] = field(repr=False)
 
     def __post_init__(self):
-        least = max(1, len(self.encode("", _NO_LENGTH)[0]))
+        least = max(1, len(self.encode("", NO_LENGTH)[0]))
         if self.length < least:
             raise ValueError(f"length must be at least {least}, got {self.length}")
 
@@ -194,42 +187,46 @@ def _shortened(text: str) -> str:
 
 
 def _too_long(lost: Mapping[int, str], count: int, length: int) -> str:
-    which = f"{len(lost)} of {count} prompts" if count > 1 else "the prompt"
-    verb = "have" if len(lost) > 1 else "has"
-    parts = "; ".join(
-        f"prompt {index} lost {_shortened(repr(text))}" for index, text in lost.items()
-    )
-    return f"{which} {verb} more than {length} tokens and the end was cut off: {parts}"
+    end = f"more than {length} tokens and lost"
+    if count == 1:
+        return f"the prompt has {end} its end, {_shortened(repr(lost[0]))}"
+    ends = "; ".join(f"prompt {i} lost {_shortened(repr(text))}" for i, text in lost.items())
+    return f"{len(lost)} of {count} prompts have {end} their ends: {ends}"
 
 
 def from_folder(
     folder: str | Path,
     *,
     subfolder: str | None = None,
+    kind: str | None = None,
     length: int | None = None,
     backend: str = "transformers",
     special_as_text: bool = False,
 ) -> Tokenizer:
     """The tokenizer of a released model.
 
-    CLIP, BERT and T5 are read by transformers, whose options in tokenizer_config.json hold: white
-    space, case and accents are normalised as the model's class does it, and pads with what
-    the files say ("<|endoftext|>" for SD 1, "!" for SD 2). Texts are not repaired with ftfy and
-    HTML entities are not resolved. GLIDE's has no configuration: lower case, white space kept,
-    padded with the last id, and no start or end token, so that "" is padding only.
+    CLIP, BERT and T5 are read by transformers, and its options in tokenizer_config.json hold:
+    white space, case and accents are normalised as the class there does it, and the padding is
+    what the files say ("<|endoftext|>" in SD 1, "!" in SD 2). Texts are not repaired with ftfy
+    and HTML entities are not resolved. Special tokens that a prompt spells out are these tokens:
+    "<|endoftext|>" moves CLIP's pooled position, "!" becomes SD 2's padding.
+
+    GLIDE's text is lowered in case, its white space is kept, it has no start or end token, and
+    the padding is the last id, so that "" is padding only.
 
     Args:
       folder: of a tokenizer, or of a pipeline that has one in tokenizer/. Files of the classes
-        CLIPTokenizer and T5Tokenizer (also where their name ends with Fast), BertTokenizer, or
-        GLIDE's encoder.json and vocab.bpe, also as .gz.
+        CLIPTokenizer, BertTokenizer and T5Tokenizer, of OpenAI's CLIP (bpe_simple_vocab_16e6.txt,
+        padded with 0) or GLIDE (encoder.json with vocab.bpe); the last two also as .gz.
       subfolder: such as "tokenizer_2" for the second one of SDXL.
+      kind: "clip", "bert", "t5" or "glide" where the files would make more than one.
       length: L; model_max_length of tokenizer_config.json where None. 77 for CLIP, for latent
         diffusion's BERT and DeepFloyd IF's T5, 128 for GLIDE.
       backend: "sentencepiece" reads T5's spiece.model with the library that made it instead. It
-        differs from transformers on white space that the model's own normaliser leaves alone
-        (tabs, line ends, runs), and where a prompt spells out a special token.
-      special_as_text: read special tokens that a prompt spells out like any other text. GLIDE's
-        encoding and sentencepiece always do.
+        differs from transformers where the model's own normaliser leaves white space alone (tabs
+        and line ends in models without one), and never recognises special tokens.
+      special_as_text: read special tokens that a prompt spells out like any other text, as
+        GLIDE's encoding and sentencepiece always do.
 
     Raises:
       ValueError: if the folder has no such files, they cannot be read, no length is known, or the
@@ -237,19 +234,21 @@ def from_folder(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    path, files = _read_files(Path(folder).expanduser(), subfolder)
-    config = _config(files, path)
-    kind = _kind(files, config, path)
+    found = read_folder(folder, subfolder)
+    config = read_config(found)
+    kind = kind_of(found, config, kind)
     if backend == "sentencepiece":
         if kind != "t5":
-            raise ValueError(f"the backend 'sentencepiece' reads T5's files, {path} has {kind}'s")
-        made = _sentencepiece(files, path)
+            raise ValueError(
+                f"backend 'sentencepiece' is for T5's files, {found.path} has {kind}'s"
+            )
+        made = _sentencepiece(found)
     elif kind == "glide":
-        made = _glide(files, path)
+        made = _glide(found)
     else:
-        made = _transformers(kind, path, special_as_text)
-    length = _length(config, path) if length is None else length
-    return Tokenizer(kind, length, made.vocab_size, made.pad, made.encode, files)
+        made = _transformers(kind, found, special_as_text)
+    length = length_of(found, config) if length is None else length
+    return Tokenizer(kind, length, made.vocab_size, made.pad, made.encode, found.files)
 
 
 class _Made(NamedTuple):
@@ -258,120 +257,10 @@ class _Made(NamedTuple):
     pad: int
 
 
-class _Kind(NamedTuple):
-    """What a kind is called in configurations, and the files that make one, any set of these."""
-
-    classes: tuple[str, ...]
-    files: tuple[tuple[str, ...], ...]
-
-
-_BYTE_PAIR_FILES = tuple(
-    (first, second)
-    for first in ("encoder.json", "encoder.json.gz")
-    for second in ("vocab.bpe", "vocab.bpe.gz")
-)
-KINDS: dict[str, _Kind] = {
-    "clip": _Kind(
-        ("CLIPTokenizer", "CLIPTokenizerFast"), (("vocab.json", "merges.txt"), ("tokenizer.json",))
-    ),
-    "bert": _Kind(("BertTokenizer", "BertTokenizerFast"), (("vocab.txt",), ("tokenizer.json",))),
-    "t5": _Kind(("T5Tokenizer", "T5TokenizerFast"), (("spiece.model",), ("tokenizer.json",))),
-    "glide": _Kind((), _BYTE_PAIR_FILES),
-}
-
-
-def _read_files(folder: Path, subfolder: str | None) -> tuple[Path, dict[str, bytes]]:
-    """The folder that has the files, and these by name."""
-    tried = [folder / subfolder] if subfolder is not None else [folder, folder / "tokenizer"]
-    for path in tried:
-        files = {name: _bytes(path / name) for name in FILES if (path / name).is_file()}
-        if files:
-            return path, files
-    raise ValueError(
-        f"no tokenizer in {' or '.join(map(str, tried))}; looked for {', '.join(FILES)}"
-    )
-
-
-def _bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return _bounded(file.read, path)
-
-
-def _bounded(read: Callable[[int], bytes], path: Path) -> bytes:
-    content = read(_MAX_BYTES + 1)
-    if len(content) > _MAX_BYTES:
-        raise ValueError(f"{path}: more than {_MAX_BYTES} bytes, too many for a tokenizer")
-    return content
-
-
-def _config(files: Mapping[str, bytes], path: Path) -> dict[str, Any]:
-    if CONFIG not in files:
-        return {}
-    try:
-        config = json.loads(files[CONFIG])
-    except ValueError as error:
-        raise ValueError(f"{path / CONFIG}: not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path / CONFIG}: expected an object, got {type(config).__name__}")
-    if "auto_map" in config:
-        raise ValueError(f"{path / CONFIG}: auto_map names code of its own, which is not run")
-    for side in ("padding_side", "truncation_side"):
-        if config.get(side, "right") != "right":
-            raise ValueError(
-                f"{path / CONFIG}: {side} = {config[side]!r} is unsupported, 'right' is"
-            )
-    return config
-
-
-def _kind(files: Mapping[str, bytes], config: Mapping[str, Any], path: Path) -> str:
-    name = config.get("tokenizer_class")
-    if name is None:
-        kinds = [kind for kind in KINDS if any(set(s) <= set(files) for s in _own(kind))]
-    else:
-        kinds = [kind for kind, row in KINDS.items() if name in row.classes]
-    if not kinds and name is not None:
-        known = sorted(name for row in KINDS.values() for name in row.classes)
-        raise ValueError(f"{path / CONFIG}: tokenizer_class {name!r} is unsupported; {known} are")
-    if len(kinds) != 1:
-        raise ValueError(
-            f"{path}: {sorted(files)} could be of {len(kinds)} kinds of tokenizer; name its "
-            f"tokenizer_class in {CONFIG}"
-        )
-    (kind,) = kinds
-    if not any(set(names) <= set(files) for names in KINDS[kind].files):
-        wanted = " or ".join(" with ".join(names) for names in KINDS[kind].files)
-        raise ValueError(f"{path}: a {kind} tokenizer needs {wanted}, found {sorted(files)}")
-    return kind
-
-
-def _own(kind: str) -> list[tuple[str, ...]]:
-    """Sets of files that only this kind has; tokenizer.json is everybody's."""
-    return [names for names in KINDS[kind].files if names != ("tokenizer.json",)]
-
-
-def _length(config: Mapping[str, Any], path: Path) -> int:
-    length = config.get("model_max_length", _NO_LENGTH)
-    if isinstance(length, bool) or not isinstance(length, int) or length >= _NO_LENGTH:
-        raise ValueError(
-            f"{path}: no model_max_length in {CONFIG}; give length=, 77 for CLIP, latent "
-            "diffusion's BERT and DeepFloyd IF's T5, 128 for GLIDE"
-        )
-    return length
-
-
-def _glide(files: Mapping[str, bytes], path: Path) -> _Made:
-    def text(name: str) -> str:
-        packed = name + ".gz"
-        try:
-            if name in files:
-                return files[name].decode()
-            with gzip.open(path / packed) as file:
-                return _bounded(file.read, path / packed).decode()
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: cannot read {name} ({error})") from error
-
-    vocabulary = read_vocabulary(text("encoder.json"), str(path / "encoder.json"))
-    pairs = BytePairs(vocabulary, read_merges(text("vocab.bpe"), str(path / "vocab.bpe")))
+def _glide(folder: Folder) -> _Made:
+    names = "encoder.json", "vocab.bpe"
+    vocabulary = read_vocabulary(folder.text(names[0]), str(folder.path / names[0]))
+    pairs = BytePairs(vocabulary, read_merges(folder.text(names[1]), str(folder.path / names[1])))
 
     def encode(text: str, length: int) -> tuple[list[int], str]:
         ids = pairs.encode(text)
@@ -380,17 +269,18 @@ def _glide(files: Mapping[str, bytes], path: Path) -> _Made:
     return _Made(encode, len(pairs), pairs.end)
 
 
-def _sentencepiece(files: Mapping[str, bytes], path: Path) -> _Made:
+def _sentencepiece(folder: Folder) -> _Made:
     from sentencepiece import SentencePieceProcessor
 
-    if "spiece.model" not in files:
-        raise ValueError(f"{path}: the backend 'sentencepiece' needs spiece.model")
+    path = folder.path / "spiece.model"
+    if path.name not in folder.files:
+        raise ValueError(f"{folder.path}: the backend 'sentencepiece' needs {path.name}")
     try:
-        model = SentencePieceProcessor(model_proto=files["spiece.model"])
+        model = SentencePieceProcessor(model_proto=folder.files[path.name])
     except RuntimeError as error:
-        raise ValueError(f"{path / 'spiece.model'}: no sentencepiece model ({error})") from error
+        raise ValueError(f"{path}: no sentencepiece model ({error})") from error
     if model.eos_id() < 0 or model.pad_id() < 0:
-        raise ValueError(f"{path / 'spiece.model'}: no end token or no padding, not T5's")
+        raise ValueError(f"{path}: has no end token or no padding, which T5's has")
 
     def encode(text: str, length: int) -> tuple[list[int], str]:
         ids = model.encode(text, out_type=int)
@@ -399,28 +289,35 @@ def _sentencepiece(files: Mapping[str, bytes], path: Path) -> _Made:
     return _Made(encode, len(model), model.pad_id())
 
 
-def _silenced(record: logging.LogRecord) -> bool:
+def _without_advice(record: logging.LogRecord) -> bool:
     return "PyTorch was not found" not in record.getMessage()
 
 
-def _tokenizer_class(kind: str) -> Any:
+def _classes() -> dict[str, Any]:
     # The advice to install PyTorch is for those who want transformers' models.
     logger = logging.getLogger("transformers")
-    logger.addFilter(_silenced)
+    logger.addFilter(_without_advice)
     try:
         from transformers import BertTokenizer, CLIPTokenizer, T5Tokenizer
     finally:
-        logger.removeFilter(_silenced)
-    return {"clip": CLIPTokenizer, "bert": BertTokenizer, "t5": T5Tokenizer}[kind]
+        logger.removeFilter(_without_advice)
+    return {"clip": CLIPTokenizer, "bert": BertTokenizer, "t5": T5Tokenizer}
 
 
-def _transformers(kind: str, path: Path, special_as_text: bool) -> _Made:
+def _transformers(kind: str, folder: Folder, special_as_text: bool) -> _Made:
+    make, pad = _classes()[kind], None
     try:
-        theirs = _tokenizer_class(kind).from_pretrained(str(path), local_files_only=True)
+        if kind == "clip" and not folder.has("vocab.json") and folder.has(OPENAI_CLIP):
+            merges = read_merges(folder.text(OPENAI_CLIP), str(folder.path / OPENAI_CLIP))
+            vocabulary, merges = openai_clip_vocabulary(merges)
+            theirs, pad = make(vocab=vocabulary, merges=merges), 0
+        else:
+            theirs = make.from_pretrained(str(folder.path), local_files_only=True)
     except Exception as error:  # The tokenizers library raises the bare class.
-        raise ValueError(f"{path}: cannot read this {kind} tokenizer ({error})") from error
-    if theirs.pad_token_id is None:
-        raise ValueError(f"{path}: the {kind} tokenizer has no padding token")
+        raise ValueError(f"{folder.path}: cannot read this {kind} tokenizer: {error}") from error
+    pad = theirs.pad_token_id if pad is None else pad
+    if pad is None:
+        raise ValueError(f"{folder.path}: this {kind} tokenizer has no padding token")
 
     def encode(text: str, length: int) -> tuple[list[int], str]:
         found = theirs(
@@ -429,7 +326,7 @@ def _transformers(kind: str, path: Path, special_as_text: bool) -> _Made:
         overflow = found.encodings[0].overflowing
         return list(found["input_ids"]), _left_out(text, overflow[0]) if overflow else ""
 
-    return _Made(encode, len(theirs), theirs.pad_token_id)
+    return _Made(encode, len(theirs), pad)
 
 
 def _left_out(text: str, encoding: Any) -> str:
