@@ -6,9 +6,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from diffusion_jax.core.types import Array
-from diffusion_jax.models.attention import Attention
 from diffusion_jax.models.blocks import default_init
 from diffusion_jax.models.inputs import DType
+from diffusion_jax.models.pre_norm import PreNormBlock, TokenEmbed, check_tokens, layer_norm
 
 
 @dataclass(frozen=True)
@@ -60,40 +60,6 @@ class TextTransformerConfig:
         return TextTransformer(self, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype))
 
 
-def _layer_norm(name: str, options: dict) -> nn.LayerNorm:
-    # Two passes: E[x²] - E[x]² loses the small variance of a token with a large mean.
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name, **options)
-
-
-class TextBlock(nn.Module):
-    """Attention and a GELU feed-forward network, each behind a norm and as a residual.
-
-    Attributes:
-      num_heads: must divide the width of the tokens.
-      dtype: dtype of activations; norms and softmax stay float32.
-      param_dtype: dtype of the parameters.
-
-    Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.1; Radford et al. 2021
-    (arXiv:2103.00020), section 2.4 for the order.
-    """
-
-    num_heads: int
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """x: [B, L, C] -> [B, L, C]."""
-        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        width = x.shape[-1]
-        h = _layer_norm("norm_1", options)(x)
-        x = x + Attention(self.num_heads, name="attention", **options)(h)
-        h = _layer_norm("norm_2", options)(x)
-        h = nn.Dense(4 * width, kernel_init=default_init, name="dense_1", **options)(h)
-        h = nn.gelu(h, approximate=False)
-        return x + nn.Dense(width, kernel_init=default_init, name="dense_2", **options)(h)
-
-
 class TextTransformer(nn.Module):
     """Tokens and a vector of a text; every position attends to every other, padding included.
 
@@ -118,8 +84,8 @@ class TextTransformer(nn.Module):
 
         Args:
           ids: [B, L] integers, the numbers of the tokens.
-          mask: [B, L] bool, True where a token is text; None where all are. Only read if
-            `config.padding`.
+          mask: [B, L] bool, True where a token is text; None where all are. Other tokens are
+            attended to all the same, as padding.
 
         Returns:
           Tokens [B, L, width] and the vector [B, vector_dim], of `dtype`.
@@ -130,16 +96,16 @@ class TextTransformer(nn.Module):
         config = self.config
         _check(ids, mask, config.length)
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        embed = nn.Embed(config.vocab_size, config.width, name="token_embed", **options)
+        embed = TokenEmbed(config.vocab_size, config.width, name="token_embed", **options)
         shape, init = (config.length, config.width), nn.initializers.normal(0.01)
         h = embed(ids) + self._table("position", init, shape)
         if config.padding:
             padding = self._table("padding", init, shape)
             h = h if mask is None else jnp.where(mask[:, :, None], h, padding)
         for i in range(config.num_layers):
-            h = TextBlock(config.num_heads, name=f"block_{i}", **options)(h)
+            h = PreNormBlock(config.num_heads, 4 * config.width, name=f"block_{i}", **options)(h)
         if config.final_norm:
-            h = _layer_norm("norm_out", options)(h)
+            h = layer_norm(1e-5, "norm_out", **options)(h)
         vector = nn.Dense(config.vector_dim, kernel_init=default_init, name="vector", **options)
         return h, vector(h[:, -1])
 
@@ -149,12 +115,9 @@ class TextTransformer(nn.Module):
 
 
 def _check(ids: Array, mask: Array | None, length: int) -> None:
-    if ids.ndim != 2 or ids.shape[1] != length or not jnp.issubdtype(ids.dtype, jnp.integer):
+    check_tokens(ids, mask, None)
+    if ids.shape[1] != length:
         raise ValueError(
-            f"ids must be integers [B, {length}], since this encoder has {length} positions, "
-            f"got {ids.dtype} of shape {ids.shape}; pad or cut the texts"
-        )
-    if mask is not None and (mask.shape != ids.shape or mask.dtype != jnp.bool_):
-        raise ValueError(
-            f"mask must be bool of shape {ids.shape} as ids, got {mask.dtype} of shape {mask.shape}"
+            f"ids must have shape [B, {length}], since this encoder has {length} positions, "
+            f"got {ids.shape}; pad or cut the texts"
         )
