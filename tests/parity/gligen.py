@@ -13,12 +13,12 @@ from diffusion_jax.io.mapping import convert
 from diffusion_jax.io.tables.gligen import (
     DOWNSAMPLER_ROWS,
     FUSER_CLASSES,
-    FUSER_ROWS,
     POSITION_NET_ROWS,
     Module,
     downsampler_config,
     position_net_config,
 )
+from diffusion_jax.io.tables.transformer import FUSER_ROWS, spatial_transformer_rows
 from diffusion_jax.io.tables.unet import UnsupportedOption
 from diffusion_jax.models.gated_attention import FUSERS
 from diffusion_jax.pretrained.components.gligen import grounding_config, grounding_shapes

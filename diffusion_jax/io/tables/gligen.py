@@ -21,21 +21,6 @@ FUSER_CLASSES: Mapping[str, str] = {
 # "attention_type" of diffusers' UNet2DConditionModel -> our kind of position network.
 ATTENTION_TYPES: Mapping[str, str] = {"gated": "text", "gated-text-image": "text_image"}
 
-# An adapter, relative to its module; diffusers kept the original names.
-FUSER_ROWS: tuple[Row, ...] = (
-    Row("linear", "object_proj", "linear"),
-    Row("norm1", "norm_attn", "norm"),
-    Row("attn.to_q", "attn/query", "linear"),
-    Row("attn.to_k", "attn/key", "linear"),
-    Row("attn.to_v", "attn/value", "linear"),
-    Row("attn.to_out.0", "attn/out", "linear"),
-    Row("alpha_attn", "alpha_attn", "param"),
-    Row("norm2", "norm_ff", "norm"),
-    Row("ff.net.0.proj", "ff/in", "linear"),
-    Row("ff.net.2", "ff/out", "linear"),
-    Row("alpha_dense", "alpha_ff", "param"),
-)
-
 
 def _mlp_rows(source: str, target: str) -> tuple[Row, ...]:
     return (
