@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from diffusion_jax.core.types import Array
+from diffusion_jax.training.rates import Cycle, factor_at
 
 Rate = Callable[[Array], Array]
 
@@ -48,6 +49,8 @@ SCHEDULES: dict[str, Callable[[Array], Array]] = {
     "cosine": lambda progress: 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
     "linear": lambda progress: 1.0 - progress,
 }
+# The schedule that is given by its cycles instead of a function of progress.
+CYCLES = "cycles"
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,16 @@ class Optimizer:
 
     rate(n) = learning_rate · min(1, (n + 1) / W) · f((n - W) / (T - W)),  n = 0, 1, …,
     W = warmup_steps, T = total_steps; f is 1 (constant), the half cosine from 1 to 0
-    (cosine) or the line from 1 to 0 (linear), with its argument clipped to [0, 1].
+    (cosine) or the line from 1 to 0 (linear), with its argument clipped to [0, 1]. With the
+    schedule "cycles" rate(n) = learning_rate · the cycles' factor, see `rates.factor_at`.
 
     Attributes:
       name: a name of `OPTIMIZERS`.
       learning_rate: largest rate of the schedule, above 0.
-      schedule: a name of `SCHEDULES`.
-      warmup_steps: updates until the full rate, 0 for none.
-      total_steps: updates until the rate is 0; None with the constant schedule.
+      schedule: a name of `SCHEDULES`, or "cycles".
+      warmup_steps: updates until the full rate, 0 for none; cycles have their own.
+      total_steps: updates until the rate is 0; None with the constant schedule and with cycles.
+      cycles: warm-ups and decays that follow each other; () with the other schedules.
       b1: decay of the first moment in [0, 1); the momentum of sgd.
       b2: decay of the second moment in [0, 1).
       eps: added to the root of the second moment.
@@ -81,6 +86,7 @@ class Optimizer:
     schedule: str = "constant"
     warmup_steps: int = 0
     total_steps: int | None = None
+    cycles: tuple[Cycle, ...] = ()
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
@@ -90,8 +96,9 @@ class Optimizer:
     def __post_init__(self):
         if self.name not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.name!r}; there are {sorted(OPTIMIZERS)}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {self.schedule!r}; there are {sorted(SCHEDULES)}")
+        if self.schedule not in (*SCHEDULES, CYCLES):
+            known = sorted((*SCHEDULES, CYCLES))
+            raise ValueError(f"unknown schedule {self.schedule!r}; there are {known}")
         self._check_options()
         self._check_steps()
         for name in ("b1", "b2"):
@@ -118,7 +125,18 @@ class Optimizer:
     def _check_steps(self):
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
-        if self.schedule == "constant":
+        if (self.schedule == CYCLES) != bool(self.cycles):
+            raise ValueError(
+                f"the schedule {CYCLES!r} and cycles go together, got schedule = {self.schedule!r} "
+                f"and {len(self.cycles)} cycles"
+            )
+        if self.schedule == CYCLES:
+            if self.warmup_steps or self.total_steps is not None:
+                raise ValueError(
+                    "cycles have warm-ups and lengths of their own, got warmup_steps = "
+                    f"{self.warmup_steps} and total_steps = {self.total_steps}; leave both out"
+                )
+        elif self.schedule == "constant":
             if self.total_steps is not None:
                 raise ValueError(
                     f"the constant schedule never ends, got total_steps={self.total_steps}; "
@@ -134,6 +152,8 @@ class Optimizer:
         """Learning rate of the update that follows `step` updates, [] float32."""
         n = jnp.asarray(step, jnp.float32)
         rate = jnp.float32(self.learning_rate)
+        if self.schedule == CYCLES:
+            return rate * factor_at(self.cycles, n).astype(jnp.float32)
         if self.warmup_steps:
             rate = rate * jnp.minimum(1.0, (n + 1.0) / self.warmup_steps)
         length = 1 if self.total_steps is None else self.total_steps - self.warmup_steps
