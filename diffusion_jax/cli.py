@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, demo, proof, ablate, bench, data."""
+"""The command line: train, sample, evaluate, demo, proof, ablate, bench, data, convert."""
 
 import dataclasses
 import sys
@@ -27,6 +27,8 @@ USAGE = f"""usage: diffusion-jax COMMAND …
                                         or trained runs with --run DIR …
   bench order                           measure the order of convergence of every sampler
   data prepare SET                      make digits, mnist or cifar10 ready for training
+  convert FILE … OUT                    write the pickled weights of torch as safetensors; the
+                                        only command that needs torch
 
 NAME is one of {", ".join(EXPERIMENTS)}, a .py file that defines CONFIG, a .json file, or the
 working directory of a run. Every value of the experiment is an option (see COMMAND NAME --help);
@@ -268,9 +270,36 @@ class Prepare:
         return 0
 
 
+@dataclass(frozen=True)
+class Convert:
+    """Writes pickled weights of torch (.bin, .pt, .pth, .ckpt) as safetensors; needs torch.
+
+    The files are read as weights only; a file that holds anything that would run is refused.
+
+    Attributes:
+      paths: the files, the parts of one set of weights or their .bin.index.json; and last of all
+        a .safetensors file, or a folder, where files get the names that other libraries expect.
+      key: dictionary of tensors to take, in files that hold several: model_ema.
+      max_shard_size: bytes in one file of a folder; as many files as were given if not given.
+    """
+
+    paths: tyro.conf.Positional[tuple[Path, ...]]
+    key: str | None = None
+    max_shard_size: int | None = None
+
+    def run(self) -> int:
+        from diffusion_jax.commands.convert import convert
+
+        if len(self.paths) < 2:
+            raise ValueError("expected: diffusion-jax convert FILE … OUT")
+        *files, out = self.paths
+        convert(files, out, key=self.key, max_shard_size=self.max_shard_size)
+        return 0
+
+
 COMMANDS: dict[str, type] = {"train": Train, "sample": Sample, "evaluate": Evaluate, "demo": Demo}
 # Commands that take no experiment.
-PLAIN_COMMANDS: dict[str, type] = {"proof": Prove, "ablate": Ablate}
+PLAIN_COMMANDS: dict[str, type] = {"proof": Prove, "ablate": Ablate, "convert": Convert}
 
 
 def exchange_parts(config: Any, arguments: Sequence[str]) -> tuple[Any, list[str]]:

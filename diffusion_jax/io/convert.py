@@ -1,0 +1,234 @@
+"""Pickled weights of torch as safetensors: the one place that reads pickles, and that needs torch.
+
+torch's loader is asked for weights only, which builds tensors and plain containers and refuses
+everything else; there is no option that trusts a file.
+"""
+
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from diffusion_jax.io.safetensors import WeightsFileError, write_safetensors
+from diffusion_jax.io.shards import PICKLES, read_json, save_weights
+
+# What training code keeps beside the weights, and is not meant.
+TRAINING_STATE = (
+    "callbacks",
+    "hyper_parameters",
+    "loops",
+    "lr_scheduler",
+    "lr_schedulers",
+    "opt",
+    "optimizer",
+    "optimizer_states",
+    "optimizers",
+    "scheduler",
+)
+# Classes that checkpoints of training frameworks mention and whose objects hold no weights. Each
+# is read as an empty object of ours, so no code of the file or of the framework runs.
+INERT = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.utilities.types._PATH",
+)
+
+
+class MissingTorchError(ImportError):
+    """torch is needed to read pickled weights and is not installed."""
+
+
+class _Inert:
+    """Stands for an object that is not wanted."""
+
+    def __setstate__(self, state: Any) -> None:
+        del state
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingTorchError(
+            "converting pickled weights needs torch, which nothing else here does; install it for "
+            "this once: pip install torch"
+        ) from error
+    return torch
+
+
+def _read(torch: Any, path: Path) -> Any:
+    """The content of one file; raises WeightsFileError where it is more than weights."""
+    import pickle
+
+    try:
+        with torch.serialization.safe_globals([(_Inert, name) for name in INERT]):
+            return torch.load(str(path), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        # torch's own advice is to trust the file, so of its message only the culprit is shown.
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {culprit[1]}" if culprit else f"torch says {type(error).__name__}"
+        raise WeightsFileError(
+            f"{path} is not made of tensors and plain containers alone, {reason}; it is not read "
+            "in any other way"
+        ) from error
+
+
+def _is_tensor(torch: Any, value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _candidates(torch: Any, tree: Any, path: str = "", depth: int = 3) -> dict[str, Mapping]:
+    """Dotted key -> dictionary that holds tensors itself, over the first levels of a tree."""
+    found: dict[str, Mapping] = {}
+    if not isinstance(tree, Mapping) or depth == 0:
+        return found
+    if any(_is_tensor(torch, value) for value in tree.values()):
+        return {path: tree}
+    for key, value in tree.items():
+        if isinstance(key, str):
+            found |= _candidates(torch, value, f"{path}.{key}" if path else key, depth - 1)
+    return found
+
+
+def _state_dict(torch: Any, content: Any, path: Path, key: str | None) -> Mapping[str, Any]:
+    found = _candidates(torch, content)
+    if key is None:
+        found = {k: v for k, v in found.items() if k.split(".")[0] not in TRAINING_STATE}
+        key = next(iter(found), "")
+        if len(found) > 1:
+            raise WeightsFileError(
+                f"{path} holds several dictionaries of tensors, choose one as key (--key): "
+                f"{', '.join(found)}"
+            )
+    if key not in found:
+        named = f" called {key!r}; there is {', '.join(found)}" if key else ""
+        raise WeightsFileError(f"{path} holds no dictionary of tensors{named}")
+    return found[key]
+
+
+def _to_numpy(torch: Any, name: str, tensor: Any) -> np.ndarray:
+    try:
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.dtype == torch.bfloat16:
+            # numpy has no such type of its own, so the bits travel as integers.
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+    except (TypeError, RuntimeError) as error:
+        raise WeightsFileError(f"tensor {name!r} of dtype {tensor.dtype}: {error}") from error
+
+
+class Converted(NamedTuple):
+    """What a conversion did.
+
+    Attributes:
+      files: what was written.
+      tensors: how many tensors.
+      left_out: keys of the chosen dictionary that are no tensors.
+    """
+
+    files: list[Path]
+    tensors: int
+    left_out: list[str]
+
+
+def _tensors(torch: Any, path: Path, key: str | None) -> tuple[dict[str, np.ndarray], list[str]]:
+    """(tensors by name, other keys) of one file."""
+    chosen = _state_dict(torch, _read(torch, path), path, key)
+    tensors, left_out = {}, []
+    for name, value in chosen.items():
+        if isinstance(name, str) and _is_tensor(torch, value):
+            tensors[name] = _to_numpy(torch, name, value)
+        else:
+            left_out.append(str(name))
+    return tensors, left_out
+
+
+def _inputs(files: Sequence[Path]) -> list[Path]:
+    """The pickles that are meant: an index stands for its files."""
+    result = []
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"there is no file {file}")
+        if file.name.endswith(".bin.index.json"):
+            weight_map = read_json(file).get("weight_map")
+            names = sorted(set(map(str, weight_map.values()))) if weight_map else []
+            if not names or any(name != Path(name).name for name in names):
+                raise WeightsFileError(f"{file} must list files of its own folder, got {names}")
+            result += [file.parent / name for name in names]
+        elif file.suffix in PICKLES:
+            result.append(file)
+        else:
+            raise ValueError(f"{file} must end with one of {', '.join(PICKLES)} or .bin.index.json")
+    return result
+
+
+def _new_stem(file: Path) -> tuple[str, str | None]:
+    """(stem, variant) of the safetensors file in place of a pickle; transformers renames its."""
+    stem = file.name.removesuffix(file.suffix)
+    for end in ("-[0-9]*-of-[0-9]*", ".*-[0-9]*-of-[0-9]*"):
+        if fnmatch.fnmatchcase(stem, f"*{end}"):
+            stem = stem.rpartition("-of-")[0].rpartition("-")[0]
+            break
+    known = {"pytorch_model": "model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
+    base, _, variant = stem.partition(".")
+    return (known[base], variant or None) if base in known else (stem, None)
+
+
+def convert_files(
+    files: Sequence[str | PathLike],
+    out: str | PathLike,
+    *,
+    key: str | None = None,
+    max_shard_size: int | None = None,
+) -> Converted:
+    """Writes what pickled files of torch hold as safetensors, every tensor under its own name.
+
+    Tensors that share memory in a file are written each by itself. dtypes stay as they are.
+
+    Args:
+      files: .bin, .pt, .pth or .ckpt; the parts of one set of weights, or their .bin.index.json.
+      out: a .safetensors file; or a folder, in which files get the names that other libraries
+        expect: pytorch_model.bin becomes model.safetensors.
+      key: dotted key of the dictionary of tensors, "model_ema", in files that hold several;
+        state of optimizers and the like does not count.
+      max_shard_size: bytes of tensors in one file of a folder; as many files as were given, about,
+        where None.
+
+    Raises:
+      MissingTorchError: if torch is not installed.
+      WeightsFileError: if a file holds more than weights, several dictionaries of them, a tensor
+        twice with another file, or a dtype that has no place in safetensors.
+      ValueError: if a name ends with something else, or `out` exists.
+    """
+    out = Path(out)
+    inputs = _inputs([Path(file) for file in files])
+    if not inputs:
+        raise ValueError("there is nothing to convert; give .bin, .pt, .pth or .ckpt files")
+    torch = _torch()
+    tensors: dict[str, np.ndarray] = {}
+    left_out = []
+    for path in inputs:
+        more, others = _tensors(torch, path, key)
+        twice = sorted(tensors.keys() & more.keys())
+        if twice:
+            raise WeightsFileError(
+                f"{path} holds tensors that an earlier file has too: {twice[:5]}"
+            )
+        tensors |= more
+        left_out += others
+    if out.suffix == ".safetensors":
+        if out.exists():
+            raise ValueError(f"{out} exists; choose another name or delete it")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(tensors, out)
+        return Converted([out], len(tensors), left_out)
+    stem, variant = _new_stem(inputs[0])
+    if max_shard_size is None:
+        largest = max(path.stat().st_size for path in inputs)
+        max_shard_size = largest if len(inputs) > 1 else 2**63
+    written = save_weights(tensors, out, stem=stem, variant=variant, max_shard_size=max_shard_size)
+    return Converted(written, len(tensors), left_out)
