@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion_jax.core.types import Array
 from diffusion_jax.models.blocks import ACTIVATIONS
@@ -46,9 +47,12 @@ def sinusoidal_embedding(
     half = dim // 2
     if half - freq_shift < 1:
         raise ValueError(f"dim must be at least {2 * freq_shift + 2}, got {dim}")
-    exponent = jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
-    frequencies = jnp.exp(-math.log(max_period) * exponent)
-    angles = scale * jnp.asarray(t, jnp.float32)[:, None] * frequencies[None]
+    # Rounded as in the code that released weights were trained with: at t = 1000 a last bit of
+    # a frequency moves its angle by 6e-5, more than all the rounding of a network does.
+    exponent = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32)
+    exponent = exponent / np.float32(half - freq_shift)
+    frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    angles = scale * (jnp.asarray(t, jnp.float32)[:, None] * frequencies[None])
     waves = [jnp.cos(angles), jnp.sin(angles)]
     embedding = jnp.concatenate(waves if cos_first else waves[::-1], axis=1)
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
