@@ -5,6 +5,7 @@ everything else; there is no option that trusts a file.
 """
 
 import fnmatch
+import importlib
 import re
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -51,13 +52,12 @@ class _Inert:
 
 def _torch() -> Any:
     try:
-        import torch
+        return importlib.import_module("torch")
     except ImportError as error:
         raise MissingTorchError(
             "converting pickled weights needs torch, which nothing else here does; install it for "
             "this once: pip install torch"
         ) from error
-    return torch
 
 
 def _read(torch: Any, path: Path) -> Any:
