@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
+from diffusion_jax.core.condition import Grounding
 from diffusion_jax.io.mapping import convert
 from diffusion_jax.io.tables.gligen import (
     DOWNSAMPLER_ROWS,
     FUSER_CLASSES,
+    FUSER_TYPES,
     POSITION_NET_ROWS,
     Module,
     downsampler_config,
@@ -21,6 +23,7 @@ from diffusion_jax.io.tables.gligen import (
 from diffusion_jax.io.tables.transformer import FUSER_ROWS, spatial_transformer_rows
 from diffusion_jax.io.tables.unet import UnsupportedOption
 from diffusion_jax.models.gated_attention import FUSERS
+from diffusion_jax.models.transformer import SpatialTransformer, SpatialTransformerBlock
 from diffusion_jax.pretrained.components.gligen import grounding_config, grounding_shapes
 
 PEER = "GLIGEN "
@@ -47,6 +50,8 @@ def _run(name: str, case: Mapping[str, Any], tensors, inputs):
     if module in FUSER_CLASSES:
         return _fuser(FUSER_CLASSES[module], case, tensors, inputs)
     config = case.get("config") or {}
+    if module == "SpatialTransformer":
+        return _spatial_transformer(case["config"], tensors, inputs)
     if module == "PositionNet":
         form = position_net_config(name, config)
         names = {**form.arguments, "cond": "map"}
@@ -76,6 +81,16 @@ def _fuser(kind: str, case: Mapping[str, Any], tensors, inputs):
     return {
         name: apply({"params": params}, x, objects, gate * ones) for name, gate in gates.items()
     }
+
+
+def _spatial_transformer(config: Mapping[str, Any], tensors, inputs):
+    spec = SpatialTransformer(head_dim=config["d_head"], fuser=FUSER_TYPES[config["fuser_type"]])
+    module = SpatialTransformerBlock(spec, config["n_heads"], config.get("depth", 1), 32)
+    x, tokens, objects = np.moveaxis(inputs["x"], 1, -1), inputs["context"], inputs["objs"]
+    arguments = x, tokens, None, Grounding(objects, jnp.ones(len(x)))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *arguments)["params"]
+    params = convert(tensors, spatial_transformer_rows(), shapes)
+    return {"out": _nchw(jax.jit(module.apply)({"params": params}, *arguments))}
 
 
 def _module(form: Module, tensors, arguments: Mapping[str, np.ndarray]):

@@ -9,7 +9,7 @@ from diffusion_jax.io.tables.options import complete, require_integers
 from diffusion_jax.io.tables.unet import UnsupportedOption
 
 # "fuser_type" of the original UNet -> our kind of adapter.
-FUSERS: Mapping[str, str] = {"gatedSA": "self", "gatedSA2": "self_resized", "gatedCA": "cross"}
+FUSER_TYPES: Mapping[str, str] = {"gatedSA": "self", "gatedSA2": "self_resized", "gatedCA": "cross"}
 
 # Class of the original adapters -> our kind.
 FUSER_CLASSES: Mapping[str, str] = {
