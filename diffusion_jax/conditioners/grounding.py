@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from diffusion_jax.conditioners.base import Conditioner
 from diffusion_jax.core.condition import Condition, Grounding
 from diffusion_jax.core.types import Array, Batch
+from diffusion_jax.models.convnext import ConvNeXtConfig
 from diffusion_jax.models.grounding import (
     KeypointGroundingConfig,
     MapDownsamplerConfig,
@@ -60,7 +61,12 @@ def _grounding(
 
 
 def text_boxes(
-    config: TextGroundingConfig = TextGroundingConfig(), *, dtype: DType = jnp.float32
+    *,
+    text_dim: int = 768,
+    out_dim: int = 768,
+    hidden: int = 512,
+    num_frequencies: int = 8,
+    dtype: DType = jnp.float32,
 ) -> Conditioner:
     """Makes a token of each box with a text.
 
@@ -69,24 +75,34 @@ def text_boxes(
     condition has no boxes.
 
     Args:
-      config: the position network.
+      text_dim: width of a text's features.
+      out_dim: width of the tokens.
+      hidden: width of the MLP's two hidden layers.
+      num_frequencies: frequencies of the boxes' features.
       dtype: of the tokens.
 
     Returns:
       A conditioner that fills `grounding`, objects [B, M, out_dim] with gate 1.
 
     Raises:
-      ValueError: at use, if the batch lacks a name or a shape does not fit.
+      ValueError: if a number is out of range; at use, if the batch lacks a name or a shape does
+        not fit.
 
     Source: Li et al. 2023 (arXiv:2301.07093), eq. 5.
     """
+    config = TextGroundingConfig(text_dim, out_dim, hidden, num_frequencies)
     names = {"boxes": "boxes", "mask": "box_mask", "text": "box_text"}
     example = {"boxes": (1, 1, 4), "mask": (1, 1), "text": (1, 1, config.text_dim)}
     return _grounding(config, names, example, dtype)
 
 
 def text_image_boxes(
-    config: TextImageGroundingConfig = TextImageGroundingConfig(), *, dtype: DType = jnp.float32
+    *,
+    feature_dim: int = 768,
+    out_dim: int = 768,
+    hidden: int = 512,
+    num_frequencies: int = 8,
+    dtype: DType = jnp.float32,
 ) -> Conditioner:
     """Makes two tokens of each box with a text, an image or both.
 
@@ -95,17 +111,22 @@ def text_image_boxes(
     a text and with an image. The null condition has no boxes.
 
     Args:
-      config: the position network.
+      feature_dim: width of the features of a text and of an image.
+      out_dim: width of the tokens.
+      hidden: width of the MLPs' two hidden layers.
+      num_frequencies: frequencies of the boxes' features.
       dtype: of the tokens.
 
     Returns:
       A conditioner that fills `grounding`, objects [B, 2M, out_dim] with gate 1.
 
     Raises:
-      ValueError: at use, if the batch lacks a name or a shape does not fit.
+      ValueError: if a number is out of range; at use, if the batch lacks a name or a shape does
+        not fit.
 
     Source: Li et al. 2023 (arXiv:2301.07093), section 4.2.
     """
+    config = TextImageGroundingConfig(feature_dim, out_dim, hidden, num_frequencies)
     names = {
         "boxes": "boxes",
         "mask": "box_mask",
@@ -127,7 +148,13 @@ def text_image_boxes(
 
 
 def keypoints(
-    config: KeypointGroundingConfig = KeypointGroundingConfig(), *, dtype: DType = jnp.float32
+    *,
+    max_persons: int = 8,
+    num_keypoints: int = 17,
+    out_dim: int = 768,
+    hidden: int = 512,
+    num_frequencies: int = 8,
+    dtype: DType = jnp.float32,
 ) -> Conditioner:
     """Makes a token of each keypoint of each person.
 
@@ -136,7 +163,11 @@ def keypoints(
     null condition has none.
 
     Args:
-      config: the position network.
+      max_persons: number of persons that there is room for.
+      num_keypoints: keypoints of a person, 17 in COCO.
+      out_dim: width of the tokens.
+      hidden: width of the MLP's two hidden layers.
+      num_frequencies: frequencies of the points' features.
       dtype: of the tokens.
 
     Returns:
@@ -144,18 +175,24 @@ def keypoints(
       gate 1.
 
     Raises:
-      ValueError: at use, if the batch lacks a name or a shape does not fit.
+      ValueError: if a number is out of range; at use, if the batch lacks a name or a shape does
+        not fit.
 
     Source: Li et al. 2023 (arXiv:2301.07093), section 4.2, keypoints.
     """
+    config = KeypointGroundingConfig(max_persons, num_keypoints, out_dim, hidden, num_frequencies)
     slots = (1, config.max_persons * config.num_keypoints)
     names = {"points": "keypoints", "mask": "keypoint_mask"}
     return _grounding(config, names, {"points": (*slots, 2), "mask": slots}, dtype)
 
 
 def map_tokens(
-    config: MapGroundingConfig = MapGroundingConfig(),
     *,
+    size: int = 448,
+    num_classes: int | None = None,
+    out_dim: int = 768,
+    hidden: int = 512,
+    encoder: ConvNeXtConfig = ConvNeXtConfig(),
     name: str = "map",
     dtype: DType = jnp.float32,
 ) -> Conditioner:
@@ -165,7 +202,11 @@ def map_tokens(
     `batch[name + "_mask"]` [B], True where there is a map. The null condition has none.
 
     Args:
-      config: the position network.
+      size: side of the square that maps are resized to, a multiple of the encoder's stride.
+      num_classes: channels of a one-hot segmentation; None for maps that are images.
+      out_dim: width of the tokens.
+      hidden: width of the MLP's two hidden layers.
+      encoder: the network that makes the tokens of the map.
       name: of the map in the batch.
       dtype: of the tokens.
 
@@ -173,18 +214,24 @@ def map_tokens(
       A conditioner that fills `grounding`, objects [B, num_tokens, out_dim] with gate 1.
 
     Raises:
-      ValueError: at use, if the batch lacks a name or a shape does not fit.
+      ValueError: if a number is out of range; at use, if the batch lacks a name or a shape does
+        not fit.
 
     Source: Li et al. 2023 (arXiv:2301.07093), section 4.2, spatially-aligned conditions.
     """
+    config = MapGroundingConfig(size, num_classes, out_dim, hidden, encoder)
     names = {"map": name, "mask": f"{name}_mask"}
     shape = (1, config.size, config.size, config.num_classes or 3)
     return _grounding(config, names, {"map": shape, "mask": (1,)}, dtype)
 
 
 def map_channels(
-    config: MapDownsamplerConfig = MapDownsamplerConfig(),
     *,
+    size: int = 256,
+    in_channels: int = 1,
+    hidden: int | None = 4,
+    out_channels: int = 8,
+    resize: str = "bicubic",
     name: str = "map",
     dtype: DType = jnp.float32,
 ) -> Conditioner:
@@ -194,7 +241,12 @@ def map_channels(
     condition has the same channels: guidance is towards the tokens alone.
 
     Args:
-      config: the downsampler; its result must have the size of x.
+      size: side of the square that maps are resized to, four times the side of x; that of x
+        without convolutions.
+      in_channels: channels of a map; with 1, only the first of its channels is read.
+      hidden: channels between the two convolutions; None for no convolutions.
+      out_channels: channels of the result; without convolutions, in_channels.
+      resize: "bicubic" or "nearest".
       name: of the map in the batch.
       dtype: of the channels.
 
@@ -202,10 +254,12 @@ def map_channels(
       A conditioner that fills `image` [B, size / 4, size / 4, out_channels].
 
     Raises:
-      ValueError: at use, if the batch lacks the map or it is no image of in_channels.
+      ValueError: if an option is out of range; at use, if the batch lacks the map or it is no
+        image of in_channels.
 
     Source: Li et al. 2023 (arXiv:2301.07093), released code, grounding downsamplers.
     """
+    config = MapDownsamplerConfig(size, in_channels, hidden, out_channels, resize)
     module = config.build(dtype=dtype)
 
     def init(key):

@@ -20,8 +20,8 @@ from diffusion_jax.io.tables.gligen import (
     downsampler_config,
     position_net_config,
 )
+from diffusion_jax.io.tables.options import UnsupportedOption
 from diffusion_jax.io.tables.transformer import FUSER_ROWS, spatial_transformer_rows
-from diffusion_jax.io.tables.unet import UnsupportedOption
 from diffusion_jax.models.gated_attention import FUSERS
 from diffusion_jax.models.transformer import SpatialTransformer, SpatialTransformerBlock
 from diffusion_jax.pretrained.components.gligen import grounding_config, grounding_shapes

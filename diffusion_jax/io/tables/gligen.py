@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from diffusion_jax.io.mapping import Row, prefixed
-from diffusion_jax.io.tables.options import complete, require_integers
-from diffusion_jax.io.tables.unet import UnsupportedOption
+from diffusion_jax.io.tables import openai
+from diffusion_jax.io.tables.options import UnsupportedOption, complete, require_integers
+from diffusion_jax.io.tables.transformer import spatial_transformer_rows
 
 # "fuser_type" of the original UNet -> our kind of adapter.
 FUSER_TYPES: Mapping[str, str] = {"gatedSA": "self", "gatedSA2": "self_resized", "gatedCA": "cross"}
@@ -90,11 +91,14 @@ class Module(NamedTuple):
     """What the configuration of a position network or of a downsampler means here.
 
     Attributes:
+      name: the original one, "text", "text_image", "keypoint", "canny", "depth", "hed", "normal"
+        or "sem".
       kind: our kind of position network, or "downsampler".
       fields: of our configuration, as plain values.
       arguments: the original call's arguments -> those of our module.
     """
 
+    name: str
     kind: str
     fields: dict[str, Any]
     arguments: Mapping[str, str]
@@ -213,19 +217,21 @@ def position_net_config(target: str, params: Mapping[str, Any]) -> Module:
     if name in ("text", "text_image", "keypoint"):
         fields["num_frequencies"] = options["fourier_freqs"]
     if name == "text":
-        return Module("text", {**fields, "text_dim": options["in_dim"]}, _ARGUMENTS[name])
+        return Module(name, "text", {**fields, "text_dim": options["in_dim"]}, _ARGUMENTS[name])
     if name == "text_image":
-        return Module("text_image", {**fields, "feature_dim": options["in_dim"]}, _ARGUMENTS[name])
+        return Module(
+            name, "text_image", {**fields, "feature_dim": options["in_dim"]}, _ARGUMENTS[name]
+        )
     if name == "keypoint":
         # COCO's 17 keypoints are a constant of the original code.
         fields |= {"max_persons": options["max_persons_per_image"], "num_keypoints": 17}
-        return Module("keypoint", fields, _ARGUMENTS[name])
+        return Module(name, "keypoint", fields, _ARGUMENTS[name])
     fields |= {
         "size": options["resize_input"],
         "num_classes": options.get("in_dim"),
         "encoder": _convnext(options, name),
     }
-    return Module("map", fields, _ARGUMENTS[name])
+    return Module(name, "map", fields, _ARGUMENTS[name])
 
 
 def _convnext(options: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -268,7 +274,69 @@ def downsampler_config(target: str, params: Mapping[str, Any]) -> Module:
         "out_channels": options["out_dim"],
         "resize": resize,
     }
-    return Module("downsampler", fields, {"grounding_extra_input": "map"})
+    return Module(name, "downsampler", fields, {"grounding_extra_input": "map"})
+
+
+_PACKAGE = "ldm.modules.diffusionmodules."
+
+
+def _changed(params: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is the default, since the released code has no options for it."""
+    return {name: value for name, value in params.items() if value != defaults[name]}
+
+
+def position_net_options(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The original configuration of a position network: `position_net_config` backwards.
+
+    Args:
+      name, fields: as in `Module`.
+
+    Returns:
+      {"target": …, "params": …}.
+
+    Raises:
+      UnsupportedOption: if a person has not 17 keypoints.
+    """
+    if fields.get("num_keypoints", 17) != 17:
+        raise UnsupportedOption(
+            f"the original network has 17 keypoints, got {fields['num_keypoints']}"
+        )
+    defaults, params = _POSITION_NETS[name], {"hidden": fields["hidden"]}
+    if name in ("text", "text_image", "keypoint"):
+        params["fourier_freqs"] = fields["num_frequencies"]
+    else:
+        params["convnext_depths"] = tuple(fields["encoder"]["depths"])
+        params["convnext_dims"] = tuple(fields["encoder"]["widths"])
+    params = {"out_dim": fields["out_dim"], **_changed(params, defaults)}
+    for option, field in (
+        ("in_dim", "text_dim"),
+        ("in_dim", "feature_dim"),
+        ("in_dim", "num_classes"),
+        ("max_persons_per_image", "max_persons"),
+        ("resize_input", "size"),
+    ):
+        if fields.get(field) is not None:
+            params[option] = fields[field]
+    return {"target": f"{_PACKAGE}{name}_grounding_net.PositionNet", "params": params}
+
+
+def downsampler_options(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The original configuration of a downsampler: `downsampler_config` backwards.
+
+    Args:
+      name, fields: as in `Module`.
+
+    Returns:
+      {"target": …, "params": …}.
+    """
+    values = {
+        "resize_input": fields["size"],
+        "in_dim": fields["in_channels"],
+        "out_dim": fields["out_channels"],
+    }
+    params = {option: values[option] for option in _DOWNSAMPLERS[name][0]}
+    target = f"{_PACKAGE}{name}_grounding_downsampler.GroundingDownsampler"
+    return {"target": target, "params": params}
 
 
 def unet2d_condition_grounding(config: Mapping[str, Any]) -> Module | None:
@@ -298,4 +366,161 @@ def unet2d_condition_grounding(config: Mapping[str, Any]) -> Module | None:
     name = ATTENTION_TYPES[kind]
     feature = "text_dim" if name == "text" else "feature_dim"
     fields = {feature: widths[0], "out_dim": widths[0], "hidden": 512, "num_frequencies": 8}
-    return Module(name, fields, DIFFUSERS_ARGUMENTS[name])
+    return Module(name, name, fields, DIFFUSERS_ARGUMENTS[name])
+
+
+class GLIGEN(NamedTuple):
+    """What the arguments of GLIGEN's UNetModel mean here.
+
+    Attributes:
+      unet: fields of our UNetConfig as plain values, as in `ADMUNet.unet`. Every attention of it
+        is a `SpatialTransformer`, that at the bottom included.
+      transformer: fields of that SpatialTransformer.
+      token_dim: width of the text's tokens.
+      in_channels: channels of x.
+      grounding: the position network.
+      downsampler: what the map becomes in cond.image; None without.
+      inpaint: cond.image ends with known · image and known, see `known_pixels`.
+    """
+
+    unet: dict[str, Any]
+    transformer: dict[str, Any]
+    token_dim: int
+    in_channels: int
+    grounding: Module
+    downsampler: Module | None
+    inpaint: bool
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of cond.image, 0 without one."""
+        down = 0 if self.downsampler is None else self.downsampler.fields["out_channels"]
+        return down + (self.in_channels + 1) * self.inpaint
+
+
+_UNET_REQUIRED = (*openai.REQUIRED, "context_dim", "fuser_type", "grounding_tokenizer")
+_UNET_DEFAULTS: Mapping[str, Any] = {
+    **{
+        option: openai.DEFAULTS[option]
+        for option in (
+            "dropout", "channel_mult", "conv_resample", "dims", "use_checkpoint",
+            "use_scale_shift_norm",
+        )
+    },
+    "num_heads": 8,
+    "transformer_depth": 1,
+    "inpaint_mode": False,
+    "grounding_downsampler": None,
+}  # fmt: skip
+# Options of the networks that GLIGEN's was derived from.
+_UNET_FIXED: Mapping[str, Any] = {
+    "num_head_channels": -1,
+    "resblock_updown": False,
+    "use_fp16": False,
+}
+
+
+def _instance(options: Mapping[str, Any], option: str, translate) -> Module:
+    """A nested configuration {"target": …, "params": …}."""
+    value = options[option]
+    if not isinstance(value, Mapping) or set(value) - {"target", "params"} or "target" not in value:
+        raise UnsupportedOption(f"{option} must have a target and its params, got {value!r}")
+    return translate(value["target"], value.get("params") or {})
+
+
+def gligen_unet_config(config: Mapping[str, Any]) -> GLIGEN:
+    """Translates the arguments of GLIGEN's UNetModel.
+
+    Args:
+      config: the arguments by name; missing ones have the constructor's defaults.
+
+    Returns:
+      The same network in our terms.
+
+    Raises:
+      UnsupportedOption: naming what is unknown, missing or not for images.
+    """
+    full = openai.complete(config, _UNET_DEFAULTS, _UNET_REQUIRED)
+    require_integers(full, ("context_dim", "num_heads", "transformer_depth"), "UNetModel")
+    if full["fuser_type"] not in FUSER_TYPES:
+        raise UnsupportedOption(
+            f"fuser_type must be one of {', '.join(FUSER_TYPES)}, got {full['fuser_type']!r}"
+        )
+    downsampler = None
+    if full["grounding_downsampler"] is not None:
+        downsampler = _instance(full, "grounding_downsampler", downsampler_config)
+    unet = {
+        **openai.encoder_fields({**full, **_UNET_FIXED}),
+        "out_channels": full["out_channels"],
+        "middle_attention": True,
+    }
+    transformer = {
+        "num_heads": full["num_heads"],
+        "depth": full["transformer_depth"],
+        "fuser": FUSER_TYPES[full["fuser_type"]],
+    }
+    return GLIGEN(
+        unet,
+        transformer,
+        full["context_dim"],
+        full["in_channels"],
+        _instance(full, "grounding_tokenizer", position_net_config),
+        downsampler,
+        bool(full["inpaint_mode"]),
+    )
+
+
+def gligen_unet_options(form: GLIGEN) -> dict[str, Any]:
+    """The arguments of GLIGEN's UNetModel: `gligen_unet_config` backwards.
+
+    Raises:
+      UnsupportedOption: if the levels differ in their number of blocks.
+    """
+    encoder = openai.encoder_options(form.unet)
+    fuser_types = {kind: name for name, kind in FUSER_TYPES.items()}
+    options = {
+        **{name: value for name, value in encoder.items() if name not in _UNET_FIXED},
+        # The size of the latents, which the network does not read.
+        "image_size": 64,
+        "in_channels": form.in_channels,
+        "out_channels": form.unet["out_channels"],
+        "num_heads": form.transformer["num_heads"],
+        "transformer_depth": form.transformer["depth"],
+        "context_dim": form.token_dim,
+        "fuser_type": fuser_types[form.transformer["fuser"]],
+        "inpaint_mode": form.inpaint,
+        "grounding_tokenizer": position_net_options(form.grounding.name, form.grounding.fields),
+    }
+    if form.downsampler is not None:
+        down = form.downsampler
+        options["grounding_downsampler"] = downsampler_options(down.name, down.fields)
+    return options
+
+
+def gligen_unet_rows(form: GLIGEN) -> tuple[Row, ...]:
+    """The table of GLIGEN's UNetModel with its position network and its downsampler.
+
+    Targets lie below "network/", "conditioner/grounding/" and "conditioner/channels/".
+
+    Args:
+      form: the translated configuration.
+    """
+    levels, resample = form.unet["levels"], form.unet["resample"]
+
+    def attention(channels: int, part: str) -> tuple[Row, ...]:
+        del channels, part
+        return spatial_transformer_rows()
+
+    network = (
+        *openai.encoder_rows(levels, resample, attention),
+        *openai.decoder_rows(levels, resample, attention),
+    )
+    return (
+        *prefixed(network, target="network/"),
+        *prefixed(
+            POSITION_NET_ROWS[form.grounding.kind],
+            source="position_net.",
+            target="conditioner/grounding/",
+        ),
+        *prefixed(DOWNSAMPLER_ROWS, source="downsample_net.", target="conditioner/channels/"),
+    )

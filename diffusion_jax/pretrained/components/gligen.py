@@ -1,5 +1,6 @@
 """GLIGEN's position networks and downsamplers as our configurations, shapes and conditioners."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,7 +62,8 @@ def grounding_conditioner(config: GroundingConfig, *, dtype: DType = jnp.float32
       config: of the network.
       dtype: of what it makes.
     """
-    return _CONDITIONERS[type(config)](config, dtype=dtype)
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return _CONDITIONERS[type(config)](**options, dtype=dtype)
 
 
 def grounding_shapes(config: GroundingConfig) -> Params:
