@@ -350,6 +350,21 @@ class Betas(DiscreteSchedule):
         return np.asarray(self.values, np.float64)
 
 
+def root_betas(num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Betas:
+    """The table called "sqrt" in latent diffusion's code: β_t is the root of a linear one.
+
+    β_t² runs linearly from `beta_start` to `beta_end`, so that β is 0.01 to 0.14 with the defaults,
+    and no signal is left long before T = 1000. No released model uses it.
+
+    Raises:
+      ValueError: unless 0 < beta_start <= beta_end < 1, or if T < 2.
+
+    Source: Rombach et al. 2022 (arXiv:2112.10752), released code.
+    """
+    betas = np.sqrt(Linear(num_timesteps, beta_start, beta_end).betas())
+    return Betas(num_timesteps, tuple(betas.tolist()))
+
+
 @dataclass(frozen=True)
 class ZeroTerminalSNR(DiscreteSchedule):
     """Shifts and scales √ᾱ of another schedule so that the last one is exactly 0.

@@ -18,6 +18,7 @@ from diffusion_jax.core.discrete import (
     ZeroTerminalSNR,
     adm_linear,
     numpy_like,
+    root_betas,
 )
 from diffusion_jax.core.types import Array, Key, NoiseLevel
 
@@ -147,4 +148,5 @@ __all__ = [
     "SigmoidBeta",
     "ZeroTerminalSNR",
     "adm_linear",
+    "root_betas",
 ]

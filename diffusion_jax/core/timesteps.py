@@ -134,15 +134,54 @@ def _integer_stride(num_timesteps: int, count: int) -> tuple[int, ...]:
     )
 
 
+def latent_diffusion_times(
+    num_timesteps: int, num_steps: int, spacing: str = "uniform"
+) -> tuple[int, ...]:
+    """The timesteps, ascending, that latent diffusion's samplers visit.
+
+    "uniform" is 1, 1 + s, 1 + 2s, … up to at most T with s = ⌊T / N⌋: more than N where N does not
+    divide T, and for some N (3 of 1000) with the time T, which no schedule of T has. "quad" is
+    1 + ⌊u²⌋ with N values of u from 0 to √(0.8 T), evenly spaced; the least noisy times repeat
+    where N is large.
+
+    Args:
+      num_timesteps: T of the schedule.
+      num_steps: N.
+      spacing: "uniform" or "quad".
+
+    Raises:
+      ValueError: if the spacing is unknown, or N is not in [1, T].
+
+    Source: Rombach et al. 2022 (arXiv:2112.10752), released code; Song et al. 2021
+    (arXiv:2010.02502), appendix D.2.
+    """
+    check_num_steps(num_steps, num_timesteps)
+    if spacing == "uniform":
+        return tuple(range(1, num_timesteps + 1, num_timesteps // num_steps))
+    if spacing == "quad":
+        roots = np.linspace(0.0, np.sqrt(0.8 * num_timesteps), num_steps)
+        return tuple(1 + int(time) for time in roots**2)
+    raise ValueError(f"spacing must be 'uniform' or 'quad', got {spacing!r}")
+
+
+# Strings of one number with a rule of their own.
+_RULES = ("ddim", "uniform", "quad")
+
+
+def _rule(spec: str) -> str:
+    return next((rule for rule in _RULES if spec.startswith(rule)), "")
+
+
 def _section_counts(spec: str) -> tuple[int, ...]:
     if spec == "fast27":
         return _FAST27
-    parts = spec.removeprefix("ddim").split(",")
+    rule = _rule(spec)
+    parts = spec.removeprefix(rule).split(",")
     counts = [int(part) for part in parts if part.strip().isdecimal()]
-    if len(counts) != len(parts) or (spec.startswith("ddim") and len(parts) > 1) or not sum(counts):
+    if len(counts) != len(parts) or (rule and len(parts) > 1) or not sum(counts):
         raise ValueError(
-            "sections must be numbers of steps such as '250' or '10,10,3,2,2', 'ddim50' or "
-            f"'fast27', got {spec!r}"
+            "sections must be numbers of steps such as '250' or '10,10,3,2,2', 'ddim50', "
+            f"'uniform50', 'quad50' or 'fast27', got {spec!r}"
         )
     return tuple(counts)
 
@@ -154,7 +193,9 @@ def space_timesteps(num_timesteps: int, spec: str) -> tuple[int, ...]:
     one where that does not divide) and takes so many out of each: evenly from the section's first
     to its last time, rounded half to even; a single one is the first. "ddim50" takes 0, s, 2s, …
     with the smallest integer stride s that gives 50, and so leaves the last time out. "fast27" is
-    "10,10,3,2,2" with the last time T - 1 moved to T - 3.
+    "10,10,3,2,2" with the last time T - 1 moved to T - 3. "uniform50" and "quad50" are those of
+    `latent_diffusion_times`, each once: not exactly 50 where 50 does not divide T or where times
+    repeat.
 
     Args:
       num_timesteps: T of the schedule.
@@ -165,11 +206,13 @@ def space_timesteps(num_timesteps: int, spec: str) -> tuple[int, ...]:
         it, or no integer stride gives the number after "ddim".
 
     Source: Nichol & Dhariwal 2021 (arXiv:2102.09672), section 4; "fast27": Nichol et al. 2021
-    (arXiv:2112.10741), released code.
+    (arXiv:2112.10741), released code; "uniform" and "quad": see `latent_diffusion_times`.
     """
-    counts = _section_counts(spec)
-    if spec.startswith("ddim"):
+    counts, rule = _section_counts(spec), _rule(spec)
+    if rule == "ddim":
         return _integer_stride(num_timesteps, counts[0])
+    if rule:
+        return tuple(sorted(set(latent_diffusion_times(num_timesteps, counts[0], rule))))
     times, start = [], 0
     for index, count in enumerate(counts):
         size = num_timesteps // len(counts) + (index < num_timesteps % len(counts))
@@ -190,13 +233,13 @@ def space_timesteps(num_timesteps: int, spec: str) -> tuple[int, ...]:
 def sections(
     schedule: NoiseSchedule, spec: str, *, max_steps: int = 1000, final: str = "clean"
 ) -> Grid:
-    """The timesteps that a respacing string of ADM or GLIDE picks, see `space_timesteps`.
+    """The timesteps that a respacing string picks, see `space_timesteps`.
 
     The rates and the network's times are the schedule's own at these times.
 
     Args:
       schedule: a discrete one.
-      spec: such as "250", "10,10,3,2,2", "ddim50" or "fast27".
+      spec: such as "250", "10,10,3,2,2", "ddim50", "uniform50" or "fast27".
       max_steps: length that the grid is padded to.
       final: see `from_times`.
 
@@ -318,6 +361,7 @@ __all__ = [
     "from_times",
     "jumps",
     "karras",
+    "latent_diffusion_times",
     "leading",
     "linspace",
     "log_linear",

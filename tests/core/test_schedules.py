@@ -21,6 +21,7 @@ from diffusion_jax.core.schedules import (
     SigmoidBeta,
     ZeroTerminalSNR,
     adm_linear,
+    root_betas,
 )
 
 # ᾱ at three times and σ/α at the last one, computed independently in float64 from the papers.
@@ -70,6 +71,13 @@ def test_scaled_linear_is_linear_in_the_root_and_adm_linear_in_beta():
     np.testing.assert_allclose(roots[[0, -1]] ** 2, [0.00085, 0.012], rtol=1e-12)
     np.testing.assert_allclose(adm_linear(250).betas()[[0, -1]], [4e-4, 0.08], rtol=1e-12)
     np.testing.assert_allclose(adm_linear(1000).betas(), Linear().betas(), rtol=1e-12)
+
+
+def test_root_betas_are_linear_in_the_square():
+    betas = root_betas(11, 0.01, 0.09).betas()
+    np.testing.assert_allclose(betas**2, np.linspace(0.01, 0.09, 11), rtol=1e-12)
+    with pytest.raises(ValueError, match="beta_start"):
+        root_betas(11, 0.1, 0.01)
 
 
 def test_sigmoid_curves():

@@ -22,6 +22,7 @@ from diffusion_jax.core.timesteps import (
     from_times,
     jumps,
     karras,
+    latent_diffusion_times,
     leading,
     linspace,
     sections,
@@ -59,6 +60,31 @@ def test_offset_and_uneven_division():
     np.testing.assert_allclose(exact, [999, 999 - 1000 / 3, 999 - 2000 / 3], rtol=1e-6)
     rounded = times(trailing(Linear(), 3, max_steps=3, round_t=True))
     np.testing.assert_array_equal(rounded, [999, 666, 332])
+
+
+def test_latent_diffusions_times():
+    """1 + every ⌊T / N⌋-th time, or 1 + ⌊0.8 T (k / (N - 1))²⌋; as grids, each time once."""
+    assert latent_diffusion_times(1000, 10) == tuple(range(1, 1000, 100))
+    # ⌊1000 / 30⌋ = 33 fits 31 times below 1000.
+    assert latent_diffusion_times(1000, 30) == tuple(range(1, 1000, 33))
+    assert len(latent_diffusion_times(1000, 30)) == 31
+    quad = tuple(1 + 800 * k * k // 81 for k in range(10))
+    assert latent_diffusion_times(1000, 10, "quad") == quad and quad[-1] == 801
+    assert latent_diffusion_times(1000, 50, "quad")[:4] == (1, 1, 2, 3)
+    for spec, first in (("uniform30", 991), ("quad50", 801)):
+        grid = sections(Linear(), spec, max_steps=60, final="t_min")
+        assert times(grid)[0] == first and times(grid)[-1] == 1
+    assert int(sections(Linear(), "uniform30", max_steps=31).stop) == 31
+    assert int(sections(Linear(), "quad50", max_steps=50).stop) == 49
+    assert int(Steps("sections", sections="uniform20").grid(Linear()).stop) == 20
+    with pytest.raises(ValueError, match="spacing must be 'uniform' or 'quad', got 'linear'"):
+        latent_diffusion_times(1000, 10, "linear")
+    with pytest.raises(ValueError, match="num_steps = 1001 exceeds"):
+        latent_diffusion_times(1000, 1001)
+    with pytest.raises(ValueError, match=r"times must lie in \[0.0, 999.0\], got 1000"):
+        sections(Linear(), "uniform3")
+    with pytest.raises(ValueError, match="sections must be numbers.*'uniform50'.*got 'quad5,5'"):
+        space_timesteps(1000, "quad5,5")
 
 
 def test_continuous_time():
@@ -212,7 +238,7 @@ def test_number_of_steps_is_checked(make, num_steps, message):
         (lambda: space_timesteps(1000, "1001"), "section 0 .* has 1000 .* cannot take 1001"),
         (lambda: space_timesteps(10, "3,6,1"), "section 1 .* has 3 of the 10 .* cannot take 6"),
         (lambda: space_timesteps(40, "fast27"), "section 0 .* has 8 .* cannot take 10"),
-        (lambda: space_timesteps(1000, ""), "'10,10,3,2,2', 'ddim50' or 'fast27', got ''"),
+        (lambda: space_timesteps(1000, ""), "'10,10,3,2,2', 'ddim50', 'uniform50', .*got ''"),
         (lambda: space_timesteps(1000, "10,,3"), "got '10,,3'"),
         (lambda: space_timesteps(1000, "10,-3"), "got '10,-3'"),
         (lambda: space_timesteps(1000, "0,0"), "got '0,0'"),

@@ -25,6 +25,7 @@ from tests.parity import (
     glide,
     gligen,
     ldm,
+    ldm_tables,
     originals,
     priors,
     samplers,
@@ -36,6 +37,7 @@ Handler = Callable[[Mapping[str, Any], Path], Mapping[str, np.ndarray] | None]
 HANDLERS: tuple[Handler, ...] = (
     samplers.run,
     ldm.run,
+    ldm_tables.run,
     denoisers.run,
     originals.run,
     diffusion.run,

@@ -14,7 +14,7 @@ from diffusion_jax.core.denoiser import make_denoiser
 from diffusion_jax.core.forward import posterior_std
 from diffusion_jax.core.parameterization import Eps
 from diffusion_jax.core.schedules import ScaledLinear
-from diffusion_jax.core.timesteps import from_times
+from diffusion_jax.core.timesteps import sections
 from diffusion_jax.guidance import ClassifierFree
 from diffusion_jax.samplers.base import StepInfo
 from diffusion_jax.samplers.ddim import DDIM
@@ -32,10 +32,10 @@ def _network(params, x, t, cond, *, keys=None):
 
 
 def _grid(options: Mapping[str, Any]):
-    """Every ⌊1000 / S⌋-th time plus 1, down to the schedule's first level and not to clean data."""
+    """Latent diffusion's times, down to the schedule's first level and not to clean data."""
     schedule = ScaledLinear(NUM_TIMESTEPS, *options["betas_linear"])
-    times = np.arange(0, NUM_TIMESTEPS, NUM_TIMESTEPS // options["S"]) + 1
-    return from_times(schedule, times[::-1], final="t_min"), len(times)
+    grid = sections(schedule, f"uniform{options['S']}", final="t_min")
+    return grid, int(grid.stop)
 
 
 def _denoise(options: Mapping[str, Any], inputs: Mapping[str, np.ndarray]):
