@@ -23,6 +23,7 @@ INSTALL = [
     "tqdm",
     "grain>=0.2.18,<0.3",
     "sentencepiece",
+    "regex",
     "tyro>=1.0,<2",
 ]
 
