@@ -1,5 +1,6 @@
 """Runs reference cases of GLIGEN's original modules through ours and their name tables."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from diffusion_jax.core.condition import Grounding
+from diffusion_jax.core.condition import Condition, Grounding
 from diffusion_jax.io.mapping import convert
 from diffusion_jax.io.tables.gligen import (
     DOWNSAMPLER_ROWS,
@@ -24,7 +25,13 @@ from diffusion_jax.io.tables.options import UnsupportedOption
 from diffusion_jax.io.tables.transformer import FUSER_ROWS, spatial_transformer_rows
 from diffusion_jax.models.gated_attention import FUSERS
 from diffusion_jax.models.transformer import SpatialTransformer, SpatialTransformerBlock
-from diffusion_jax.pretrained.components.gligen import grounding_config, grounding_shapes
+from diffusion_jax.pretrained.components.gligen import (
+    GLIGEN_UNET,
+    gligen_config,
+    gligen_shapes,
+    grounding_config,
+    grounding_shapes,
+)
 
 PEER = "GLIGEN "
 
@@ -52,6 +59,8 @@ def _run(name: str, case: Mapping[str, Any], tensors, inputs):
     config = case.get("config") or {}
     if module == "SpatialTransformer":
         return _spatial_transformer(case["config"], tensors, inputs)
+    if module == "UNetModel":
+        return _unet(case["config"], tensors, inputs)
     if module == "PositionNet":
         form = position_net_config(name, config)
         names = {**form.arguments, "cond": "map"}
@@ -93,16 +102,61 @@ def _spatial_transformer(config: Mapping[str, Any], tensors, inputs):
     return {"out": _nchw(jax.jit(module.apply)({"params": params}, *arguments))}
 
 
+def _unet(options: Mapping[str, Any], tensors, inputs):
+    config = gligen_config(_with_widths(options))
+    names = position_net_config(**_with_widths(options)["grounding_tokenizer"]).arguments
+    shapes = gligen_shapes(config)
+    params = convert(tensors, GLIGEN_UNET.rows(config, tuple(tensors)), shapes)
+    parts = params["conditioner"]
+    arguments = {
+        names[name.removeprefix("grounding_input.")]: _nhwc(value)
+        for name, value in inputs.items()
+        if name.startswith("grounding_input.")
+    }
+    objects = jax.jit(config.grounding.build().apply)({"params": parts["grounding"]}, **arguments)
+    images = []
+    if config.downsampler is not None:
+        image = _nhwc(inputs["grounding_extra_input"])
+        downsampler = config.downsampler.build()
+        images.append(downsampler.apply({"params": parts.get("channels", {})}, image))
+    if config.inpaint:
+        images.append(_nhwc(inputs["inpainting_extra_input"]))
+    cond = Condition(
+        tokens=inputs["context"],
+        image=jnp.concatenate(images, axis=-1) if images else None,
+        grounding=Grounding(objects, jnp.ones(len(objects))),
+    )
+    x, times = _nhwc(inputs["x"]), inputs["timesteps"].astype(np.float32)
+    out = jax.jit(config.build().apply)({"params": params["network"]}, x, times, cond)
+    return {"out": _nchw(out), "objs": objects}
+
+
+def _with_widths(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments; widths of a reduced position network lie beside them."""
+    options = dict(options)
+    widths = {
+        "hidden": options.pop("grounding_tokenizer_hidden", None),
+        **{name: options.pop(name, None) for name in list(options) if name.startswith("convnext")},
+    }
+    tokenizer = options["grounding_tokenizer"]
+    known = {name: value for name, value in widths.items() if value is not None}
+    # Reduced modules are named after their widths: "text_grounding_net_small_48_None".
+    target = re.sub(r"_small_\w+", "", tokenizer["target"])
+    params = {**tokenizer["params"], **known}
+    return {**options, "grounding_tokenizer": {"target": target, "params": params}}
+
+
 def _module(form: Module, tensors, arguments: Mapping[str, np.ndarray]):
     """A position network or a downsampler; maps are given as NCHW."""
     config = grounding_config(form)
     rows = DOWNSAMPLER_ROWS if form.kind == "downsampler" else POSITION_NET_ROWS[form.kind]
     params = convert(tensors, rows, grounding_shapes(config))
-    arguments = {
-        name: np.moveaxis(value, 1, -1) if value.ndim == 4 else value
-        for name, value in arguments.items()
-    }
+    arguments = {name: _nhwc(value) for name, value in arguments.items()}
     return jax.jit(config.build().apply)({"params": params}, **arguments)
+
+
+def _nhwc(images: np.ndarray) -> np.ndarray:
+    return np.moveaxis(images, 1, -1) if images.ndim == 4 else images
 
 
 def _nchw(images) -> np.ndarray:
