@@ -16,6 +16,9 @@ INSTALL = [
     # Earlier 5.x releases carry CVE-2026-4372.
     "transformers>=5.3,<6",
     "chex>=0.1.92,<0.2",
+    # What transformers and jax bring along; named here because they are imported here.
+    "huggingface_hub>=1.0",
+    "ml_dtypes>=0.5",
     "safetensors>=0.7",
     "numpy>=2.0",
     "scipy>=1.13",
