@@ -170,6 +170,7 @@ def dit_options(form: DiTForm) -> dict[str, Any]:
         )
     names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     return {
+        **DEFAULTS,
         "_class_name": CLASS,
         "num_attention_heads": dit["num_heads"],
         "attention_head_dim": dit["width"] // dit["num_heads"],
