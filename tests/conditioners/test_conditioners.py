@@ -32,6 +32,23 @@ def test_label_looks_rows_up_and_the_last_row_is_null():
     assert conditioner.init(jax.random.key(0))["embedding"].shape == (4, 5)
 
 
+def test_label_looks_rows_up_in_every_table():
+    conditioner = label(3, 2, tables=2)
+    tables = np.arange(16.0).reshape(2, 4, 2)
+    params = {"embedding_0": tables[0], "embedding_1": tables[1]}
+    vector = conditioner.apply(params, LABELS, None).vector
+    np.testing.assert_array_equal(vector[1], [4.0, 5.0, 12.0, 13.0])
+    null = conditioner.null(params, LABELS).vector
+    np.testing.assert_array_equal(null, np.tile([6.0, 7.0, 14.0, 15.0], (4, 1)))
+    drawn = conditioner.init(jax.random.key(0))
+    assert {name: leaf.shape for name, leaf in drawn.items()} == {
+        "embedding_0": (4, 2),
+        "embedding_1": (4, 2),
+    }
+    with pytest.raises(ValueError, match="tables must be at least 1 or None, got 0"):
+        label(3, 2, tables=0)
+
+
 @pytest.mark.parametrize(
     "batch, message",
     [

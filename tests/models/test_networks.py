@@ -204,6 +204,10 @@ def test_the_mlp_takes_data_of_any_rank(shape):
         (lambda: DiTConfig(width=6, num_heads=2), "4 divides, got 6"),
         (lambda: DiTConfig(patch_size=0), "patch_size must be at least 1"),
         (lambda: DiTConfig(dropout=-0.5), "got -0.5"),
+        (lambda: DiTConfig(attention_dropout=1.0), "attention_dropout must lie"),
+        (lambda: DiTConfig(activation="relu"), "got 'relu'"),
+        (lambda: DiTConfig(base_size=0), "base_size must be at least 1"),
+        (lambda: DiTConfig(base_size=4, position="learned"), "got 4 and 'learned'"),
     ],
 )
 def test_bad_configurations_are_refused(make, words):
