@@ -40,6 +40,7 @@ LEFT_OUT = (
     "CLIPFeatureExtractor",
     "CLIPImageProcessor",
     "CLIPImageProcessorFast",
+    "CLIPProcessor",
 )
 # The library of a class whose module diffusers keeps beside one of its pipelines.
 _LIBRARIES = {"UnCLIPTextProjModel": "unclip", "LDMBertModel": "latent_diffusion"}
