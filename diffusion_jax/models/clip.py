@@ -171,10 +171,10 @@ class CLIPConfig:
         return CLIP(self, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype))
 
 
-# Released towers by name. Weights of OpenAI end texts with the largest number, as their
-# configurations say; the 23 blocks of Stable Diffusion 2 are those of ViT-H/14 but the last.
+# Released towers by name. Their configurations know no end of a text, so that it is the largest
+# number; Stable Diffusion 2 has ViT-H/14 without the last block and the projection.
 CLIP_TEXT_TOWERS: Mapping[str, CLIPTextConfig] = {
-    "vit_b_32": CLIPTextConfig(),
+    "vit_b_32": CLIPTextConfig(end_id=None),
     "vit_l_14": CLIPTextConfig(
         width=768, num_heads=12, mlp_width=3072, end_id=None, projection=768
     ),
@@ -210,6 +210,15 @@ CLIP_VISION_TOWERS: Mapping[str, CLIPVisionConfig] = {
         mlp_width=5120,
         activation="gelu",
         projection=1024,
+    ),
+    "openclip_vit_bigg_14": CLIPVisionConfig(
+        patch_size=14,
+        width=1664,
+        num_layers=48,
+        num_heads=16,
+        mlp_width=8192,
+        activation="gelu",
+        projection=1280,
     ),
 }
 

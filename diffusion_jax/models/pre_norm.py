@@ -111,8 +111,9 @@ class TokenEmbed(nn.Module):
         """ids: [B, N] -> [B, N, features]."""
         init, shape = nn.initializers.normal(self.std), (self.vocab_size, self.features)
         table = self.param("embedding", init, shape, self.param_dtype)
+        rows = jnp.asarray(table).at[ids].get(mode="fill", wrap_negative_indices=False)
         # Rows are taken before the cast, which would otherwise copy the whole table.
-        return jnp.take(table, ids, axis=0, mode="fill").astype(self.dtype)
+        return rows.astype(self.dtype)
 
 
 class PreNormBlock(nn.Module):
