@@ -68,7 +68,7 @@ class AutoencoderConfig:
         convolution of either half it is always SiLU.
       scaling_factor: the diffusion sees latents · scaling_factor.
       sample_size: height and width of the training images in pixels.
-      force_upcast: the weights overflow in float16; bfloat16 and float32 are fine.
+      force_upcast: where float16 is asked for, float32 is meant, as some weights overflow.
 
     Raises:
       ValueError: if a value is out of range or two of them contradict each other.
@@ -364,6 +364,7 @@ class AutoencoderKLConfig(AutoencoderConfig):
 
     quant_conv: bool = True
     post_quant_conv: bool = True
+    force_upcast: bool = True
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None

@@ -229,7 +229,7 @@ class VQModel(nn.Module):
 
     def look_up(self, indices: Array) -> Array:
         """Codes of indices [B, H, W], [B, H, W, latent_channels] float32."""
-        return self.codebook[indices].astype(jnp.float32)
+        return jnp.take(self.codebook, indices, axis=0).astype(jnp.float32)
 
     def decode(self, latents: Array, *, quantize: bool = True) -> Array:
         """Image in about [-1, 1], [B, factor · H, factor · W, out_channels] of `dtype`.

@@ -241,7 +241,8 @@ def _backbone_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     _refuse_unless(
         widths == [level["channels"] for level in up_levels], "halves of different width", widths
     )
-    _refuse_unless(fields["norm_eps"] == NORM_EPS, f"norm_eps other than {NORM_EPS}", fields)
+    eps = fields["norm_eps"]
+    _refuse_unless(eps == NORM_EPS, f"norm_eps other than {NORM_EPS}", eps)
     size = fields["sample_size"]
     names = {attends: name for name, attends in _DOWN.items()}
     up_names = {attends: name for name, attends in _UP.items()}
