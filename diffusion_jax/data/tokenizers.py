@@ -18,6 +18,7 @@ from diffusion_jax.data.byte_pairs import (
 )
 from diffusion_jax.data.tokenizer_files import (
     CONFIG,
+    KINDS,
     NO_LENGTH,
     OPENAI_CLIP,
     Folder,
@@ -121,17 +122,18 @@ class Tokenizer:
         return Tokens(ids[0], mask[0]) if isinstance(prompts, str) else Tokens(ids, mask)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the files that were read, with `length` as the configuration's limit.
+        """Writes the files as they were read, and `length` into tokenizer_config.json.
 
         Raises:
           OSError: if the folder cannot be written.
         """
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self.files.items():
-            if name == CONFIG:
-                config = {**json.loads(content), "model_max_length": self.length}
-                content = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        classes = KINDS[self.kind].classes
+        config = {"tokenizer_class": classes[0]} if classes else {}
+        config = json.loads(self.files[CONFIG]) if CONFIG in self.files else config
+        config = json.dumps({**config, "model_max_length": self.length}, indent=2)
+        for name, content in {**self.files, CONFIG: f"{config}\n".encode()}.items():
             (folder / name).write_bytes(content)
 
 

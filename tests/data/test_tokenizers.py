@@ -214,19 +214,25 @@ def test_a_pipelines_tokenizers_are_found_and_come_back(tmp_path, t5_folder):
     write_clip(tmp_path / "sd/tokenizer")
     write_clip(tmp_path / "sd/tokenizer_2", pad_token="!")
     write_glide(tmp_path / "glide")
-    folders = [
-        (from_folder(tmp_path / "sd", length=5), None),
-        (from_folder(tmp_path / "sd", subfolder="tokenizer_2"), None),
-        (from_folder(t5_folder), None),
-        (from_folder(tmp_path / "glide", length=9), 9),
+    openai = write(tmp_path / "openai", bpe_simple_vocab_16e6__txt="#\na t</w>\n")
+    tokenizers = [
+        from_folder(tmp_path / "sd", length=5),
+        from_folder(tmp_path / "sd", subfolder="tokenizer_2"),
+        from_folder(t5_folder),
+        from_folder(tmp_path / "glide", length=9),
+        from_folder(openai, length=9),
     ]
-    for index, (tokenizer, length) in enumerate(folders):
+    for index, tokenizer in enumerate(tokenizers):
         tokenizer.save(tmp_path / f"out/{index}")
-        again = from_folder(tmp_path / f"out/{index}", length=length)
-        assert (again.length, again.pad) == (tokenizer.length, tokenizer.pad)
+        again = from_folder(tmp_path / f"out/{index}")
+        assert (again.kind, again.length, again.pad) == (
+            tokenizer.kind,
+            tokenizer.length,
+            tokenizer.pad,
+        )
         for ours, theirs in zip(again(["cat", ""]), tokenizer(["cat", ""]), strict=True):
             np.testing.assert_array_equal(ours, theirs)
-    assert folders[0][0].pad == 9 and folders[1][0].pad == 0
+    assert tokenizers[0].pad == 9 and tokenizers[1].pad == 0
     vocab = "sd/tokenizer/vocab.json"
     assert (tmp_path / "out/0/vocab.json").read_bytes() == (tmp_path / vocab).read_bytes()
 
