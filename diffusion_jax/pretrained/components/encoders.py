@@ -29,7 +29,8 @@ def _shapes(config: Any, *inputs: jax.ShapeDtypeStruct) -> Params:
     return jax.eval_shape(config.build().init, jax.random.key(0), *inputs)["params"]
 
 
-def _text_shapes(config: CLIPTextConfig | T5Config | LDMBertConfig) -> Params:
+def text_shapes(config: Any) -> Params:
+    """Shapes of the parameters of a module that reads [B, N] integers."""
     return _shapes(config, _ids())
 
 
@@ -50,7 +51,7 @@ def _clip_text(projection: bool) -> Component:
     return Component(
         read=lambda config: CLIPTextConfig(**clip.clip_text_config(config, projection=projection)),
         write=_plain(clip.write_clip_text_config),
-        shapes=_text_shapes,
+        shapes=text_shapes,
         rows=lambda config, names: clip.clip_text_rows(names),
         ignore=clip.TEXT_IGNORED,
     )
@@ -87,14 +88,14 @@ CLIP = Component(
 T5_ENCODER = Component(
     read=lambda config: T5Config(**t5.t5_config(config)),
     write=_plain(t5.write_t5_config),
-    shapes=_text_shapes,
+    shapes=text_shapes,
     rows=_t5_rows,
     ignore=t5.IGNORED,
 )
 LDM_BERT = Component(
     read=lambda config: LDMBertConfig(**ldm_bert.ldm_bert_config(config)),
     write=_plain(ldm_bert.write_ldm_bert_config),
-    shapes=_text_shapes,
+    shapes=text_shapes,
     rows=lambda config, names: ldm_bert.LDM_BERT_ROWS,
 )
 
