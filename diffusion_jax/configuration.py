@@ -103,6 +103,10 @@ def _decode(hint: Any, value: Any, path: str) -> Any:
         return _decode_union(args, value, path)
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, path)
+    if origin is typing.Literal:
+        if value not in args:
+            raise ValueError(f"{path}: expected one of {list(args)}, got {value!r}")
+        return value
     if origin is tuple and isinstance(value, list):
         inner = args[0] if len(args) == 2 and args[1] is Ellipsis else None
         if inner is None and len(args) != len(value):

@@ -1,6 +1,23 @@
 """Conditioners: from a batch to the routes into the network."""
 
 from diffusion_jax.conditioners.base import UNCONDITIONAL, Conditioner, combine, with_dropout
+from diffusion_jax.conditioners.embeddings import (
+    given_tokens,
+    given_vector,
+    guidance_scale,
+    image_hint,
+    image_tokens,
+    image_vector,
+    linear_vector,
+    noise_level,
+    pooled_tokens,
+    projected_tokens,
+    projected_vector,
+    text_and_sizes,
+    text_image_tokens,
+    text_image_vector,
+    where_given,
+)
 from diffusion_jax.conditioners.grounding import (
     keypoints,
     map_channels,
@@ -11,12 +28,26 @@ from diffusion_jax.conditioners.grounding import (
 from diffusion_jax.conditioners.label import label
 
 CONDITIONERS = {
+    "given_tokens": given_tokens,
+    "given_vector": given_vector,
+    "guidance_scale": guidance_scale,
+    "image_hint": image_hint,
+    "image_tokens": image_tokens,
+    "image_vector": image_vector,
     "keypoints": keypoints,
     "label": label,
+    "linear_vector": linear_vector,
     "map_channels": map_channels,
     "map_tokens": map_tokens,
+    "noise_level": noise_level,
+    "pooled_tokens": pooled_tokens,
+    "projected_tokens": projected_tokens,
+    "projected_vector": projected_vector,
+    "text_and_sizes": text_and_sizes,
     "text_boxes": text_boxes,
     "text_image_boxes": text_image_boxes,
+    "text_image_tokens": text_image_tokens,
+    "text_image_vector": text_image_vector,
 }
 
 __all__ = [
@@ -24,11 +55,26 @@ __all__ = [
     "UNCONDITIONAL",
     "Conditioner",
     "combine",
+    "given_tokens",
+    "given_vector",
+    "guidance_scale",
+    "image_hint",
+    "image_tokens",
+    "image_vector",
     "keypoints",
     "label",
+    "linear_vector",
     "map_channels",
     "map_tokens",
+    "noise_level",
+    "pooled_tokens",
+    "projected_tokens",
+    "projected_vector",
+    "text_and_sizes",
     "text_boxes",
     "text_image_boxes",
+    "text_image_tokens",
+    "text_image_vector",
+    "where_given",
     "with_dropout",
 ]

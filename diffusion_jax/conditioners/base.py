@@ -89,7 +89,8 @@ def _join(conditions: list[Condition]) -> Condition:
 
 def combine(**parts: Conditioner) -> Conditioner:
     """One conditioner of several: vectors add, tokens and objects concatenate in length, images
-    in channels, in the order given. Parameters are nested under the parts' names.
+    in channels, in the order given. Parameters are nested under the parts' names; those of a part
+    without any may be left out.
 
     Raises:
       ValueError: if there is no part; at use, if a part's null fills other slots than it does.
@@ -107,14 +108,15 @@ def combine(**parts: Conditioner) -> Conditioner:
         conditions = []
         for index, (name, part) in enumerate(parts.items()):
             part_keys = None if keys is None else fold_in_each(keys, index)
-            conditions.append(part.apply(params[name], batch, part_keys))
+            conditions.append(part.apply(params.get(name, {}), batch, part_keys))
         return _join(conditions)
 
     def null(params, batch):
         conditions = []
         for name, part in parts.items():
-            conditions.append(part.null(params[name], batch))
-            check_same_slots(part.apply(params[name], batch, None), conditions[-1])
+            own = params.get(name, {})
+            conditions.append(part.null(own, batch))
+            check_same_slots(part.apply(own, batch, None), conditions[-1])
         return _join(conditions)
 
     return Conditioner(init, apply, null)

@@ -5,13 +5,6 @@ import numpy as np
 import pytest
 
 from diffusion_jax.io.mapping import KINDS, MappingError, Row, Share, convert, export, prefixed
-from diffusion_jax.io.tables.unet import (
-    UnsupportedOption,
-    has_old_attention_names,
-    unet2d_config,
-    unet2d_rows,
-)
-from tests.parity.denoisers import expected_params, unet2d_table, unet_config
 
 ROWS = (
     Row("block.{i}.conv{j}", "block_{i}/conv_{j}", "conv"),
@@ -249,89 +242,6 @@ def test_shares_must_fit_the_tensor_and_each_other():
         export(params, shared(3))
     with pytest.raises(ValueError, match="0 <= index < count"):
         export(params, [Row("qkv", "attention/q", "linear", Share(3, 3))])
-
-
-SMALL = {
-    "_class_name": "UNet2DModel",
-    "block_out_channels": [4, 8],
-    "layers_per_block": 1,
-    "norm_num_groups": 2,
-    "attention_head_dim": 4,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-}
-ADM = {
-    **SMALL,
-    "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
-    "downsample_type": "resnet",
-    "upsample_type": "resnet",
-    "resnet_time_scale_shift": "scale_shift",
-    "attn_norm_num_groups": 4,
-    "num_class_embeds": 10,
-}
-
-
-@pytest.mark.parametrize("config", [SMALL, ADM], ids=["ddpm", "adm"])
-@pytest.mark.parametrize("old", [False, True])
-def test_the_unet_table_covers_the_network_both_ways(config, old):
-    form = unet2d_config(config)
-    expected = expected_params(form, unet_config(form.unet))
-    params = jax.tree.map(lambda leaf: normal(*leaf.shape), expected)
-    names = ["x.proj_attn.weight"] if old else []
-    tensors = export(params, unet2d_table(names))
-    assert has_old_attention_names(tensors) == old
-    assert_equal(convert(tensors, unet2d_table(tensors), expected), params)
-    assert ("class_embedding.weight" in tensors) == (config is ADM)
-    attention = "query" if old else "to_q"
-    assert tensors[f"mid_block.attentions.0.{attention}.weight"].shape == (8, 8)
-    down = "downsamplers.0.conv1" if config is ADM else "downsamplers.0.conv"
-    assert tensors[f"down_blocks.0.{down}.weight"].shape == (4, 4, 3, 3)
-
-
-def test_an_empty_configuration_means_the_defaults_of_the_format():
-    form = unet2d_config({})
-    assert [level["channels"] for level in form.unet["levels"]] == [224, 448, 672, 896]
-    assert [level["attention"] for level in form.unet["levels"]] == [False, True, True, True]
-    assert (form.unet["head_dim"], form.in_channels, form.num_classes) == (8, 3, None)
-
-
-def test_options_of_the_configuration_arrive():
-    form = unet2d_config({**ADM, "freq_shift": 1, "flip_sin_to_cos": False, "in_channels": 6})
-    assert form.in_channels == 6
-    assert form.num_classes == 10
-    assert form.unet["time_features"] == {"cos_first": False, "freq_shift": 1}
-    assert (form.unet["resample"], form.unet["scale_shift"]) == ("block", True)
-    assert form.unet["middle_attention_groups"] == 4
-    padded = unet2d_config({**SMALL, "downsample_padding": 0}).unet
-    assert (padded["resample"], padded["downsample_padding"]) == ("conv", "asymmetric")
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"down_block_types": ["SkipDownBlock2D", "AttnDownBlock2D"]}, "'SkipDownBlock2D'"),
-        ({"time_embedding_type": "fourier"}, "time_embedding_type must be 'positional'"),
-        ({"center_input_sample": True}, "center_input_sample must be False"),
-        ({"mid_block_scale_factor": 1.414}, "mid_block_scale_factor"),
-        ({"class_embed_type": "timestep"}, "class_embed_type must be None"),
-        ({"norm_num_groups": None}, "norm_num_groups must be an integer"),
-        ({"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "mirror image"),
-        ({"up_block_types": ["UpBlock2D"]}, "equally long"),
-        ({"upsample_type": "resnet"}, "the same in all of them"),
-        ({"attn_norm_num_groups": None, "resnet_time_scale_shift": "scale_shift"}, "attn_norm"),
-        ({"magic": 1}, "magic"),
-    ],
-)
-def test_what_our_unet_does_not_have_is_named(change, words):
-    with pytest.raises(UnsupportedOption, match=words):
-        unet2d_config({**SMALL, **change})
-
-
-def test_rows_are_a_table_without_surprises():
-    for old in (False, True):
-        rows = unet2d_rows(old_attention_names=old)
-        assert len({row.source for row in rows}) == len({row.target for row in rows}) == len(rows)
 
 
 COPIES = (Row("token", "token", "embed", copies=("old.token",)),)

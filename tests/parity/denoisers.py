@@ -1,4 +1,4 @@
-"""Runs reference cases of denoising networks through our networks and name tables."""
+"""Runs reference cases of diffusers' UNets: what `from_pretrained` loads, as the peer is called."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,99 +7,112 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file
 
-from diffusion_jax.core.condition import Condition
-from diffusion_jax.io.mapping import convert, prefixed
-from diffusion_jax.io.tables.unet import (
-    CLASS_EMBEDDING_ROWS,
-    UNet2D,
-    UnsupportedOption,
-    has_old_attention_names,
-    unet2d_config,
-    unet2d_rows,
-)
-from diffusion_jax.models import LevelConfig, Sinusoidal, UNetConfig
+from diffusion_jax.io.tables.options import UnsupportedOption
+from tests.parity import layouts
 
-UNET2D_WEIGHTS = "diffusion_pytorch_model.safetensors"
+CLASSES = ("diffusers.UNet2DModel", "diffusers.UNet2DConditionModel")
+# Kind of class embedding -> the name of `class_labels` in our batch.
+LABELS = {"label": "label", "noise_level": "noise_level"}
+ADDED = {
+    "text_embeds": "text_embedding",
+    "image_embeds": "image_embedding",
+    "time_ids": "sizes",
+    "hint": "hint",
+}
+GROUNDED = {
+    "boxes": "boxes",
+    "masks": "box_mask",
+    "positive_embeddings": "box_text",
+    "phrases_embeddings": "box_text",
+    "phrases_masks": "box_text_mask",
+    "image_embeddings": "box_image",
+    "image_masks": "box_image_mask",
+}
 
 
 def run(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | None:
     """Our outputs for a case, by name and in NCHW; None if the case's form is not implemented."""
-    if case["class"] == "diffusers.UNet2DModel" and case["checkpoint_format"] == "diffusers":
-        return _unet2d(case, folder)
-    return None
-
-
-def unet_config(fields: Mapping[str, Any]) -> UNetConfig:
-    """The plain fields of a translated configuration as the dataclasses that they stand for."""
-    return UNetConfig(
-        **{
-            **fields,
-            "levels": tuple(LevelConfig(**level) for level in fields["levels"]),
-            "time_features": Sinusoidal(**fields["time_features"]),
-        }
-    )
-
-
-def expected_params(form: UNet2D, config: UNetConfig) -> dict[str, Any]:
-    """Shapes of {"network": …, "label": …} for a translated configuration."""
-    size = 2 ** (len(config.levels) - 1)
-    x = jax.ShapeDtypeStruct((1, size, size, form.in_channels), jnp.float32)
-    vector = jax.ShapeDtypeStruct((1, config.embed_dim), jnp.float32)
-    time = jax.ShapeDtypeStruct((1,), jnp.float32)
-    expected = {
-        "network": jax.eval_shape(
-            config.build().init, jax.random.key(0), x, time, Condition(vector=vector)
-        )["params"]
-    }
-    if form.num_classes is not None:
-        shape = (form.num_classes, config.embed_dim)
-        expected["label"] = {"embedding": jax.ShapeDtypeStruct(shape, jnp.float32)}
-    return expected
-
-
-def unet2d_table(names: Any) -> tuple:
-    """The rows for a file with these tensor names, below "network/" and "label/"."""
-    rows = unet2d_rows(old_attention_names=has_old_attention_names(names))
-    return prefixed(rows, target="network/") + prefixed(CLASS_EMBEDDING_ROWS, target="label/")
-
-
-def _unet2d(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | None:
+    if case.get("class") not in CLASSES or case["checkpoint_format"] != "diffusers":
+        return None
     try:
-        form = unet2d_config(case["config"])
+        loaded = layouts.load(case, folder)
     except UnsupportedOption:
         return None
-    weights = folder / case["checkpoint"] / UNET2D_WEIGHTS
-    config = unet_config(form.unet)
-    tensors = load_file(weights)
-    params = convert(tensors, unet2d_table(tensors), expected_params(form, config))
-    apply = jax.jit(config.build().apply)
+    config, params, network = loaded.config, loaded.params, loaded.module
+    conditioner = config.conditioner()
+
+    def forward(x, t, batch, gate):
+        cond = conditioner.apply(params.get("conditioner", {}), batch, None)
+        if cond.grounding is not None:
+            cond = cond.replace(grounding=cond.grounding.replace(gate=gate))
+        return network.apply({"params": params["network"]}, x, t, cond), cond
+
+    # GLIGEN's adapters are switched off by a gate of zero.
+    off = "enabled=False" in case.get("call", "")
     outputs = {}
     for name, arguments in calls(case, folder).items():
-        sample = np.asarray(arguments.pop("sample"), np.float32).transpose(0, 2, 3, 1)
-        time = np.broadcast_to(np.float32(arguments.pop("timestep")), sample.shape[:1])
-        cond = Condition()
-        if "class_labels" in arguments:
-            labels = np.asarray(arguments.pop("class_labels"))
-            cond = Condition(vector=params["label"]["embedding"][labels])
-        if arguments:
-            return None
-        out = apply({"params": params["network"]}, sample, time, cond)
+        x = nhwc(arguments.pop("sample"))
+        t = np.broadcast_to(np.float32(arguments.pop("timestep")), x.shape[:1])
+        batch = batch_of(config, arguments)
+        gate = np.full(x.shape[0], float(not off), np.float32)
+        out, cond = jax.jit(forward)(x, t, batch, gate)
         outputs[name] = np.asarray(out).transpose(0, 3, 1, 2)
+        if "position_net_objs" in case["outputs"]:
+            outputs["position_net_objs"] = np.asarray(cond.grounding.objects)
     return outputs
+
+
+def batch_of(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The peer's arguments besides sample and time under the names of our batch."""
+    left = dict(arguments)
+    batch: dict[str, Any] = {}
+    if "class_labels" in left:
+        kind, _ = config.conditioners["label"]
+        batch[LABELS.get(kind, "vector")] = left.pop("class_labels")
+    if "timestep_cond" in left:
+        batch["guidance"] = left.pop("timestep_cond")
+    if "encoder_hidden_states" in left:
+        batch["tokens"] = left.pop("encoder_hidden_states")
+    # The peer's text attention prefers attention_mask, and its masks are 1 or 0.
+    for name in ("encoder_attention_mask", "attention_mask"):
+        if name in left:
+            batch["token_mask"] = np.asarray(left.pop(name)) > 0.5
+    for name, value in left.pop("added_cond_kwargs", {}).items():
+        batch[ADDED[name]] = nhwc(value) if name == "hint" else value
+    grounded = left.pop("cross_attention_kwargs", {}).get("gligen", {})
+    grounded |= {
+        name.removeprefix("gligen."): left.pop(name)
+        for name in list(left)
+        if name.startswith("gligen.")
+    }
+    batch |= {GROUNDED[name]: value for name, value in grounded.items()}
+    if left:
+        raise ValueError(f"arguments of the peer that have no place here: {sorted(left)}")
+    return {name: jnp.asarray(value) for name, value in batch.items()}
+
+
+def nhwc(value: Any) -> np.ndarray:
+    """[B, C, H, W] -> [B, H, W, C] float32."""
+    return np.asarray(value, np.float32).transpose(0, 2, 3, 1)
 
 
 def calls(case: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
     """Arguments of every call of a case; without `calls`, one call with all inputs by name."""
     with np.load(folder / case["inputs_file"]) as file:
         inputs = dict(file)
-    if "calls" not in case:
-        return {name: dict(inputs) for name in case["outputs"]}
+    if not case.get("calls"):
+        names = [name for name in case["outputs"] if name != "position_net_objs"]
+        return {name: dict(inputs) for name in names}
+
+    def resolved(value):
+        if "input" in value:
+            return inputs[value["input"]]
+        if "value" in value:
+            return value["value"]
+        return {name: resolved(each) for name, each in value.items()}
+
     return {
-        output: {
-            name: inputs[value["input"]] if "input" in value else value["value"]
-            for name, value in arguments.items()
-        }
+        output: {name: resolved(value) for name, value in arguments.items()}
         for output, arguments in case["calls"].items()
     }

@@ -14,6 +14,7 @@ from diffusion_jax.io.mapping import Row, convert, prefixed
 from diffusion_jax.io.tables.openai import (
     LABEL_ROWS,
     ADMClassifier,
+    ADMUNet,
     adm_classifier_config,
     adm_classifier_rows,
     adm_unet_config,
@@ -21,10 +22,35 @@ from diffusion_jax.io.tables.openai import (
 )
 from diffusion_jax.io.tables.unet import UnsupportedOption
 from diffusion_jax.losses.classifier import log_prob
-from diffusion_jax.models import ClassifierConfig, LevelConfig, Sinusoidal
-from tests.parity.denoisers import expected_params, unet_config
+from diffusion_jax.models import ClassifierConfig, LevelConfig, Sinusoidal, UNetConfig
 
 MODULE = "guided_diffusion.unet."
+
+
+def unet_config(fields: Mapping[str, Any]) -> UNetConfig:
+    """The plain fields of a translated configuration as the dataclasses that they stand for."""
+    return UNetConfig(
+        **{
+            **fields,
+            "levels": tuple(LevelConfig(**level) for level in fields["levels"]),
+            "time_features": Sinusoidal(**fields["time_features"]),
+        }
+    )
+
+
+def expected_params(form: ADMUNet, config: UNetConfig) -> dict[str, Any]:
+    """Shapes of {"network": …, "label": …} for a translated configuration."""
+    size = 2 ** (len(config.levels) - 1)
+    x = jax.ShapeDtypeStruct((1, size, size, form.in_channels), jnp.float32)
+    vector = jax.ShapeDtypeStruct((1, config.embed_dim), jnp.float32)
+    time = jax.ShapeDtypeStruct((1,), jnp.float32)
+    cond = Condition(vector=vector)
+    network = jax.eval_shape(config.build().init, jax.random.key(0), x, time, cond)["params"]
+    expected = {"network": network}
+    if form.num_classes is not None:
+        shape = (form.num_classes, config.embed_dim)
+        expected["label"] = {"embedding": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    return expected
 
 
 def run(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | None:

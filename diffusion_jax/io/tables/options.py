@@ -4,7 +4,21 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusion_jax.io.tables.unet import UnsupportedOption
+
+class UnsupportedOption(ValueError):
+    """A checkpoint's configuration asks for something that our networks do not have."""
+
+
+class UnknownOptions(UnsupportedOption):
+    """A configuration has options that its class does not have.
+
+    Attributes:
+      names: of these options.
+    """
+
+    def __init__(self, message: str, names: Sequence[str] = ()):
+        self.names = tuple(names)
+        super().__init__(message)
 
 
 def complete(config: Mapping[str, Any], defaults: Mapping[str, Any], owner: str) -> dict[str, Any]:
@@ -16,16 +30,17 @@ def complete(config: Mapping[str, Any], defaults: Mapping[str, Any], owner: str)
       owner: name of the class, for messages.
 
     Raises:
-      UnsupportedOption: naming the options that the class does not have.
+      UnknownOptions: naming the options that the class does not have.
     """
     given = {key: value for key, value in config.items() if not key.startswith("_")}
-    problems = []
-    for key in sorted(set(given) - set(defaults)):
+    unknown, problems = sorted(set(given) - set(defaults)), []
+    for key in unknown:
         near = difflib.get_close_matches(key, defaults, n=1)
         problems.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
     if problems:
-        raise UnsupportedOption(
-            f"{owner} has no option {', '.join(problems)}; it has {', '.join(sorted(defaults))}"
+        raise UnknownOptions(
+            f"{owner} has no option {', '.join(problems)}; it has {', '.join(sorted(defaults))}",
+            unknown,
         )
     return {**defaults, **given}
 

@@ -11,12 +11,15 @@ from diffusion_jax.pretrained.components.base import Component
 from diffusion_jax.pretrained.components.dit import DIT
 from diffusion_jax.pretrained.components.encoders import ENCODERS
 from diffusion_jax.pretrained.components.prior import CLIP_PROJECTION, PRIOR
+from diffusion_jax.pretrained.components.unet import UNET2D, UNET2D_CONDITION
 
 __all__ = ["COMPONENTS", "Component"]
 
 # Keys are what `_class_name` of a diffusers config.json and `architectures` of a transformers
 # config.json say. One row per class; no string of a file becomes code outside this table.
 COMPONENTS: Mapping[str, Component] = {
+    "UNet2DModel": UNET2D,
+    "UNet2DConditionModel": UNET2D_CONDITION,
     "AutoencoderKL": AUTOENCODER_KL,
     "VQModel": VQ_MODEL,
     "AutoencoderTiny": AUTOENCODER_TINY,
