@@ -9,6 +9,7 @@ from diffusion_jax.conditioners.base import Conditioner
 from diffusion_jax.core.condition import Condition
 from diffusion_jax.core.types import Array, Batch
 from diffusion_jax.models.inputs import DType
+from diffusion_jax.models.pre_norm import layer_norm
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class CLIPProjection(nn.Module):
         # The numbers of one token lie `count` apart in released weights.
         extra = jnp.swapaxes(extra.reshape(-1, config.token_dim, count), 1, 2)
         hidden = nn.Dense(config.token_dim, name="text_to_tokens", **types)(hidden)
-        hidden = nn.LayerNorm(1e-5, name="token_norm", **types)(hidden)
+        hidden = layer_norm(1e-5, "token_norm", **types)(hidden)
         return vector, jnp.concatenate([extra, hidden], axis=1)
 
 

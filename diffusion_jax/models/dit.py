@@ -1,5 +1,6 @@
 """DiT: a transformer over image patches whose norms are told the time."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -236,7 +237,9 @@ class DiTBlock(nn.Module):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(
             modulation[:, None, :], 6, axis=-1
         )
-        norm = nn.LayerNorm(1e-6, use_bias=False, use_scale=False, name="norm_1", **types)
+        # Two passes: E[x²] - E[x]² loses the small variance of a token with a large mean.
+        exact = {"use_fast_variance": False, **types}
+        norm = nn.LayerNorm(1e-6, use_bias=False, use_scale=False, name="norm_1", **exact)
         h = _modulate(norm(x), shift_1, scale_1)
         attention = Attention(
             self.num_heads, xavier_init, qkv_bias=self.qkv_bias, name="attn", **types
@@ -245,7 +248,7 @@ class DiTBlock(nn.Module):
         x = x + gate_1 * h
 
         norm = nn.LayerNorm(
-            self.mlp_norm_eps, use_bias=affine, use_scale=affine, name="norm_2", **types
+            self.mlp_norm_eps, use_bias=affine, use_scale=affine, name="norm_2", **exact
         )
         h = _modulate(norm(x), shift_2, scale_2)
         units = HIDDEN_UNITS[self.activation]
@@ -315,7 +318,12 @@ class DiT(nn.Module):
         final = nn.Dense(2 * config.width, kernel_init=zeros_init, name="modulation_out", **types)
         shift, scale = jnp.split(final(emb)[:, None, :], 2, axis=-1)
         h = nn.LayerNorm(
-            epsilon=1e-6, use_bias=False, use_scale=False, dtype=self.dtype, name="norm_out"
+            1e-6,
+            use_bias=False,
+            use_scale=False,
+            use_fast_variance=False,
+            name="norm_out",
+            **types,
         )(h)
         size = patch * patch * config.out_channels
         h = nn.Dense(size, kernel_init=zeros_init, name="patch_out", **types)(
@@ -323,7 +331,7 @@ class DiT(nn.Module):
         )
         return unpatchify(h, patch, height=x.shape[1], width=x.shape[2])
 
-    def _embeddings(self, t: Array, cond: Condition) -> list[Array]:
+    def _embeddings(self, t: Array, cond: Condition) -> Sequence[Array]:
         """What each block is told, [B, width] for every one of them."""
         config = self.config
         options = (config.time_features, config.time_channels, config.width, self.param_dtype)

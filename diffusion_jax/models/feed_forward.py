@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from diffusion_jax.core.types import Array, Key
 from diffusion_jax.models.blocks import ACTIVATIONS, Dropout, default_init
+from diffusion_jax.models.pre_norm import quick_gelu
 
 
 class HiddenUnits(NamedTuple):
@@ -35,7 +35,7 @@ def _gated(activation: Callable[[Array], Array]) -> HiddenUnits:
 HIDDEN_UNITS: Mapping[str, HiddenUnits] = {
     "gelu": HiddenUnits(1, ACTIVATIONS["gelu"]),
     "gelu-approximate": HiddenUnits(1, nn.gelu),
-    "quick_gelu": HiddenUnits(1, lambda x: x * jax.nn.sigmoid(1.702 * x)),
+    "quick_gelu": HiddenUnits(1, quick_gelu),
     "silu": HiddenUnits(1, ACTIVATIONS["silu"]),
     "geglu": _gated(ACTIVATIONS["gelu"]),
     "swiglu": _gated(ACTIVATIONS["silu"]),

@@ -13,6 +13,7 @@ from diffusion_jax.models.blocks import ACTIVATIONS, Dropout, default_init, zero
 from diffusion_jax.models.embeddings import sinusoidal_embedding
 from diffusion_jax.models.feed_forward import HIDDEN_UNITS
 from diffusion_jax.models.inputs import DType, check_batch
+from diffusion_jax.models.pre_norm import layer_norm
 
 READS = ("vector", "tokens", "token_mask")
 
@@ -187,11 +188,11 @@ class PriorBlock(nn.Module):
         """x: [B, N, C], mask: [B, 1, N, N] bool or None, keys: [B] or None -> [B, N, C]."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         width = x.shape[-1]
-        h = nn.LayerNorm(1e-5, name="norm_1", **types)(x)
+        h = layer_norm(1e-5, "norm_1", **types)(x)
         h = Attention(self.num_heads, name="attn", **types)(h, mask=mask)
         x = x + Dropout(self.dropout, name="attn_dropout")(h, keys)
 
-        h = nn.LayerNorm(1e-5, name="norm_2", **types)(x)
+        h = layer_norm(1e-5, "norm_2", **types)(x)
         h = nn.Dense(4 * width, kernel_init=default_init, name="mlp_1", **types)(h)
         h = Dropout(self.dropout, name="dropout")(HIDDEN_UNITS["gelu"].apply(h), keys)
         return x + nn.Dense(width, kernel_init=default_init, name="mlp_2", **types)(h)
@@ -245,13 +246,13 @@ class Prior(nn.Module):
         h = self._with_positions(h, context.shape[1], x.shape[1] if x.ndim == 3 else 1)
         mask = self._mask(cond, h.shape[1])
         if config.norm_in:
-            h = nn.LayerNorm(1e-5, name="norm_in", **types)(h)
+            h = layer_norm(1e-5, "norm_in", **types)(h)
         block = nn.remat(PriorBlock) if config.remat else PriorBlock
         for i in range(config.depth):
             h = block(config.num_heads, config.dropout, name=f"block_{i}", **types)(h, mask, keys)
 
         h = h[:, -1:] if config.query else h[:, context.shape[1] :]
-        h = nn.LayerNorm(1e-5, name="norm_out", **types)(h)
+        h = layer_norm(1e-5, "norm_out", **types)(h)
         h = nn.Dense(
             config.out_dim or config.data_dim, kernel_init=zeros_init, name="out", **types
         )(h)
@@ -268,7 +269,7 @@ class Prior(nn.Module):
 
         vector = cond.vector
         if config.vector_norm:
-            vector = nn.LayerNorm(1e-5, name="vector_norm", **types)(vector)
+            vector = layer_norm(1e-5, "vector_norm", **types)(vector)
         context = [project("vector_in", vector), self._time(t).astype(self.dtype)[:, None]]
         if cond.tokens is not None:
             tokens = cond.tokens.astype(self.dtype)

@@ -1,41 +1,23 @@
 """Runs reference cases of diffusion priors, their text projection and DiT through our library."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file
 
 from diffusion_jax.conditioners.clip_projection import clip_projection
 from diffusion_jax.core.condition import Condition
-from diffusion_jax.core.types import Params
-from diffusion_jax.io.mapping import convert
 from diffusion_jax.models.prior import restore_embedding
-from diffusion_jax.pretrained.components import COMPONENTS
+from diffusion_jax.pretrained.networks import Loaded, load_network
 from tests.parity.denoisers import calls
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-class Loaded(NamedTuple):
-    """A component's configuration and parameters."""
-
-    config: Any
-    params: Params
 
 
 def load(folder: Path) -> Loaded:
-    """A folder that diffusers wrote, by the class that its config.json names."""
-    options = json.loads((folder / "config.json").read_text())
-    component = COMPONENTS[options["_class_name"]]
-    config, tensors = component.read(options), load_file(folder / WEIGHTS)
-    rows = component.rows(config, tensors)
-    params = convert(tensors, rows, component.shapes(config), ignore=component.ignore)
-    return Loaded(config, params)
+    """The network in a folder that another library wrote, by the class that its files name."""
+    return load_network(folder)
 
 
 def run(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | None:
@@ -61,7 +43,7 @@ def _prior(case, folder, loaded: Loaded) -> dict[str, np.ndarray] | None:
         with np.load(folder / case["inputs_file"]) as file:
             out = restore_embedding(loaded.params["codec"], jnp.asarray(file["prior_latents"]))
         return {"out": np.asarray(out)}
-    apply = jax.jit(loaded.config.build().apply)
+    apply = jax.jit(loaded.module.apply)
     outputs = {}
     for name, arguments in calls(case, folder).items():
         x = np.asarray(arguments.pop("hidden_states"), np.float32)
@@ -110,7 +92,7 @@ def _named(prefix: str, cond: Condition) -> dict[str, np.ndarray]:
 
 
 def _dit(case, folder, loaded: Loaded) -> dict[str, np.ndarray] | None:
-    conditioner, network = loaded.config.conditioner(), loaded.config.build()
+    conditioner, network = loaded.config.conditioner(), loaded.module
 
     @jax.jit
     def apply(params, x, t, labels):
