@@ -1,5 +1,6 @@
 """from_pretrained and save_pretrained: released networks, pipelines and runs by their folder."""
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,19 @@ TOKENIZER_FILES = (
     "encoder.json.gz",
 )
 
+_NETWORK_OPTIONS = ("dtype", "variant", "shardings", "check_finite", "ignore_unknown")
+_FILE_OPTIONS = ("config", "dtype", "shardings", "check_finite", "ignore_unknown")
+# What a folder may hold, and the arguments of from_pretrained that mean something for it.
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "pipeline": (*_NETWORK_OPTIONS, "token_length"),
+    "network": _NETWORK_OPTIONS,
+    "file": _FILE_OPTIONS,
+    "network without config.json": (*_FILE_OPTIONS, "variant"),
+    "training directory": ("dtype", "shardings", "weights"),
+    "scheduler": (),
+    "tokenizer": ("token_length",),
+}
+
 
 def from_pretrained(
     folder: str | PathLike,
@@ -51,6 +65,8 @@ def from_pretrained(
     shardings: Shardings | None = None,
     weights: str | None = None,
     check_finite: bool = False,
+    ignore_unknown: bool = False,
+    config: Mapping[str, Any] | None = None,
     token_length: int | None = None,
 ) -> Loaded | Pipeline | Trained | Scheduler | Tokenizer:
     """Reads what a library released, or what was trained here, from its folder.
@@ -60,6 +76,7 @@ def from_pretrained(
     | config.json of diffusers or transformers, safetensors | `Loaded` |
     | model_index.json, a folder for each part | `Pipeline`, a mapping of parts |
     | config.json and checkpoints of diffusion-jax train | `Trained` |
+    | nothing but safetensors, or is one such file, and there is a `config` | `Loaded` |
     | scheduler_config.json | `Scheduler` |
     | files of a tokenizer | `Tokenizer` |
 
@@ -82,6 +99,10 @@ def from_pretrained(
         with the part's name. On the first device where None.
       weights: "ema" or "raw" of a training directory, where None means "ema".
       check_finite: refuse weights with a NaN or an infinity, which takes reading them twice.
+      ignore_unknown: print the options that nobody knows of a network's config.json and go on, as
+        the libraries themselves do, in place of an error.
+      config: what a config.json would hold, `_class_name` included, for weights that were released
+        without one: the original files of guided-diffusion, GLIDE and latent diffusion.
       token_length: tokens that a tokenizer pads and cuts to; what its files say where None.
 
     Raises:
@@ -111,34 +132,22 @@ def from_pretrained(
         "shardings": shardings,
         "weights": weights,
         "check_finite": check_finite or None,
+        "ignore_unknown": ignore_unknown or None,
+        "config": config,
         "token_length": token_length,
     }
-    if (path / INDEX).exists():
-        what, allowed = (
-            "pipeline",
-            ("dtype", "variant", "shardings", "check_finite", "token_length"),
-        )
-    elif (path / CONFIG).exists() and not is_run(path):
-        what, allowed = "network", ("dtype", "variant", "shardings", "check_finite")
-    elif is_run(path):
-        what, allowed = "training directory", ("dtype", "shardings", "weights")
-    elif (path / SCHEDULER_CONFIG).exists():
-        what, allowed = "scheduler", ()
-    elif any((path / name).exists() for name in TOKENIZER_FILES):
-        what, allowed = "tokenizer", ("token_length",)
-    else:
-        raise WeightsFileError(_unknown_folder(path))
+    what = _kind(path, config)
     options = {name: value for name, value in given.items() if value is not None}
     for name in options:
-        if name not in allowed:
+        if name not in _OPTIONS[what]:
             raise ValueError(f"{name} has no meaning for {path}, which holds a {what}")
-    if repository and what in ("pipeline", "network"):
+    if repository and what in ("pipeline", "network", "network without config.json"):
         parts = parts_with_weights(path) if what == "pipeline" else [""]
         below = [f"{subfolder}/{part}".strip("/") if subfolder else part for part in parts]
         fetch_weights(repository, root, below, variant=variant)
     if what == "pipeline":
         return load_pipeline(path, **options)
-    if what == "network":
+    if what in ("network", "network without config.json", "file"):
         return load_network(path, **options)
     if what == "training directory":
         return load_run(path, **options)
@@ -147,16 +156,36 @@ def from_pretrained(
     return load_tokenizer(path, length=token_length)
 
 
-def _below(path: Path, subfolder: str | None) -> Path:
+def _kind(path: Path, config: Mapping[str, Any] | None) -> str:
+    """What a folder holds, a key of `_OPTIONS`."""
     if path.is_file():
-        raise WeightsFileError(
-            f"{path} is a file, expected a folder with {CONFIG} or {INDEX}; "
-            + (
-                "it is pickled besides, convert it first: diffusion-jax convert FILE OUT"
-                if path.suffix in PICKLES
-                else "give the folder that holds it"
+        if path.suffix in PICKLES:
+            raise WeightsFileError(
+                f"{path} is pickled, and pickles are never read; convert it once, where torch is "
+                f"installed: diffusion-jax convert {path} {path.with_suffix('.safetensors')}"
             )
-        )
+        if config is None:
+            raise WeightsFileError(
+                f"{path} is a file, which does not say what network it holds; give the folder that "
+                "has its config.json, or config={'_class_name': …}"
+            )
+        return "file"
+    if config is not None and not (path / CONFIG).exists() and not (path / INDEX).exists():
+        return "network without config.json"
+    if (path / INDEX).exists():
+        return "pipeline"
+    if is_run(path):
+        return "training directory"
+    if (path / CONFIG).exists():
+        return "network"
+    if (path / SCHEDULER_CONFIG).exists():
+        return "scheduler"
+    if any((path / name).exists() for name in TOKENIZER_FILES):
+        return "tokenizer"
+    raise WeightsFileError(_unknown_folder(path))
+
+
+def _below(path: Path, subfolder: str | None) -> Path:
     if subfolder is None:
         return path
     parts = Path(subfolder).parts

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,10 @@ from flax.traverse_util import flatten_dict
 from diffusion_jax.core.types import Params
 from diffusion_jax.io.files import write_text
 from diffusion_jax.io.mapping import MappingError, convert, export
+from diffusion_jax.io.safetensors import WeightsFile
 from diffusion_jax.io.safetensors import check_finite as check_all_finite
 from diffusion_jax.io.shards import DEFAULT_SHARD_BYTES, open_weights, read_json, save_weights
+from diffusion_jax.io.tables.options import UnknownOptions, UnsupportedOption
 from diffusion_jax.pretrained.components import COMPONENTS, Component
 
 CONFIG = "config.json"
@@ -145,6 +148,22 @@ def _putter(shardings: Mapping[str, Any]) -> Callable[[str, np.ndarray, np.dtype
     return put
 
 
+def _read(component: Component, config: Mapping[str, Any], path: Path, ignore_unknown: bool) -> Any:
+    """Our configuration; errors name the file."""
+    try:
+        return component.read(config)
+    except UnknownOptions as error:
+        if not ignore_unknown:
+            raise UnknownOptions(f"{path}: {error}", error.names) from error
+        print(f"{path}: ignored {', '.join(error.names)}", file=sys.stderr)
+        left = {key: value for key, value in config.items() if key not in error.names}
+        return _read(component, left, path, False)
+    except UnsupportedOption as error:
+        raise UnsupportedOption(f"{path}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def load_network(
     folder: Path,
     *,
@@ -153,19 +172,19 @@ def load_network(
     variant: str | None = None,
     shardings: Shardings | None = None,
     check_finite: bool = False,
+    ignore_unknown: bool = False,
+    config: Mapping[str, Any] | None = None,
 ) -> Loaded:
-    """Reads a folder with config.json and safetensors; see `from_pretrained`."""
-    path = folder / CONFIG
-    config = read_json(path)
+    """Reads a folder with config.json and safetensors, or one file; see `from_pretrained`."""
+    path = folder / CONFIG if config is None else Path("config")
+    config = read_json(path) if config is None else config
     class_name = class_of(config, path) if class_name is None else class_name
     component = component_of(class_name, path)
-    try:
-        ours = component.read(config)
-    except ValueError as error:
-        raise type(error)(f"{path}: {error}") from error
+    ours = _read(component, config, path, ignore_unknown)
     dtype = floating_dtype(dtype)
     expected = with_dtype(component.shapes(ours), dtype)
-    tensors = open_weights(folder, variant=variant)
+    is_file = folder.is_file()
+    tensors = WeightsFile(folder) if is_file else open_weights(folder, variant=variant)
     if check_finite:
         check_all_finite(tensors, str(tensors.path))
     try:

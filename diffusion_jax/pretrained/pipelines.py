@@ -158,6 +158,7 @@ def load_pipeline(
     variant: str | None = None,
     shardings: Shardings | None = None,
     check_finite: bool = False,
+    ignore_unknown: bool = False,
     token_length: int | None = None,
 ) -> Pipeline:
     """Reads a folder with model_index.json; see `from_pretrained`."""
@@ -184,6 +185,7 @@ def load_pipeline(
                 variant=variants[name],
                 shardings=_shardings_of(shardings, name),
                 check_finite=check_finite,
+                ignore_unknown=ignore_unknown,
             )
     known = {name: entry for name, entry in entries.items() if entry and parts[name] is not None}
     return Pipeline(class_name, parts, options, known)

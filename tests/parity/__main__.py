@@ -3,7 +3,8 @@
 python -m tests.parity FOLDER [--only GLOB ...]
 
 FOLDER holds manifest.json and the files it names. A case passes if everything that was
-recorded for it is produced and lies within its tolerance |a - b| <= atol + rtol |b|.
+recorded for it is produced and lies within its tolerance |a - b| <= atol + rtol |b|. A case is
+not run, which is neither, if it needs what is not installed here: torch, to convert a pickle.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from tests.parity import (
     samplers,
     tokenizers,
 )
+from tests.parity.layouts import NotRun
 
 # (case, folder) -> outputs by name, or None where the library cannot do what the case asks.
 Handler = Callable[[Mapping[str, Any], Path], Mapping[str, np.ndarray] | None]
@@ -49,7 +51,7 @@ HANDLERS: tuple[Handler, ...] = (
     autoencoders.run,
 )
 
-PASSED, FAILED, NOT_IMPLEMENTED = "passed", "FAILED", "not implemented"
+PASSED, FAILED, NOT_IMPLEMENTED, NOT_RUN = "passed", "FAILED", "not implemented", "not run"
 
 
 class Row(NamedTuple):
@@ -102,6 +104,8 @@ def run_case(case: Mapping[str, Any], folder: Path, handlers: Sequence[Handler])
             row = compare(outputs[name], expected, spec.get("atol", 0.0), spec.get("rtol", 0.0))
             message = f"{name} {row.message}".strip() if row.status == FAILED else ""
             rows.append(row._replace(message=message))
+    except NotRun as reason:
+        return Row(NOT_RUN, message=str(reason))
     except Exception as error:  # Any error of a handler is a failure of its case alone.
         return Row(FAILED, message=f"{type(error).__name__}: {error}".splitlines()[0])
     failed = [row for row in rows if row.status == FAILED]
@@ -123,7 +127,7 @@ def run_folder(
     if not chosen:
         raise ValueError(f"no case of {folder} matches {list(only)}; it has {len(cases)} cases")
     width = max(len(case["id"]) for case in chosen)
-    totals = dict.fromkeys((PASSED, FAILED, NOT_IMPLEMENTED), 0)
+    totals = dict.fromkeys((PASSED, FAILED, NOT_IMPLEMENTED, NOT_RUN), 0)
     for case in chosen:
         row = run_case(case, folder, handlers)
         totals[row.status] += 1
@@ -131,7 +135,11 @@ def run_folder(
         if math.isnan(row.error) and math.isnan(row.tolerance):
             numbers = f"{'-':>10} {'-':>10}"
         print(f"{case['id']:{width}} {numbers} {row.status} {row.message}".rstrip(), flush=True)
-    counts = ", ".join(f"{count} {status.lower()}" for status, count in totals.items())
+    counts = ", ".join(
+        f"{count} {status.lower()}"
+        for status, count in totals.items()
+        if count or status is not NOT_RUN
+    )
     print(counts, flush=True)
     return totals
 

@@ -24,8 +24,8 @@ def run(case: Mapping[str, Any], folder: Path) -> Outputs | None:
     }
     if case["class"] not in handlers or case.get("checkpoint_format") != "diffusers":
         return None
-    config, params = load(folder / case["checkpoint"])
-    module = config.build()
+    loaded = load(folder / case["checkpoint"])
+    config, module, params = loaded.config, loaded.module, loaded.params
 
     def apply(method: str, *args: Any, **kwargs: Any) -> Any:
         call = jax.jit(lambda p, *a: module.apply({"params": p}, *a, method=method, **kwargs))

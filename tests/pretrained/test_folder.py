@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from diffusion_jax.io.mapping import MappingError
 from diffusion_jax.io.safetensors import WeightsFile, WeightsFileError
-from diffusion_jax.io.tables.unet import UnsupportedOption
+from diffusion_jax.io.tables.options import UnsupportedOption
 from diffusion_jax.pretrained import UnknownClassError, from_pretrained, networks, save_pretrained
 from diffusion_jax.training.parallel import make_mesh
 from tests.pretrained.toys import add_toys, toy
@@ -153,10 +153,34 @@ def test_an_unknown_class_is_no_import(folder):
         from_pretrained(folder)
 
 
-def test_an_unknown_option_names_the_file(folder):
-    edit(folder / "config.json", depth=3)
-    with pytest.raises(UnsupportedOption, match=r"config\.json: unknown options \['depth'\]"):
+def test_an_unknown_option_names_the_file_and_is_ignored_on_request(folder, capsys):
+    path = folder / "config.json"
+    edit(path, depth=3)
+    with pytest.raises(UnsupportedOption, match=r"config\.json: ToyModel has no option 'depth'"):
         from_pretrained(folder)
+    assert_same(from_pretrained(folder, ignore_unknown=True), toy())
+    assert capsys.readouterr().err == f"{path}: ignored depth\n"
+    edit(path, width=0)
+    with pytest.raises(UnsupportedOption, match=r"config\.json: .*width must be 1 or more"):
+        from_pretrained(folder, ignore_unknown=True)
+
+
+def test_weights_without_a_configuration_are_told_it(folder, tmp_path):
+    """A file by itself, or a folder with nothing else, as original code releases them."""
+    (folder / "config.json").unlink()
+    path = folder / "diffusion_pytorch_model.safetensors"
+    config = {"_class_name": "ToyModel", "width": 6}
+    for place in (path, folder):
+        assert_same(from_pretrained(place, config=config), toy())
+    with pytest.raises(WeightsFileError, match="does not say what network it holds"):
+        from_pretrained(path)
+    with pytest.raises(UnknownClassError, match="config must name its class"):
+        from_pretrained(path, config={"width": 6})
+    with pytest.raises(ValueError, match="variant has no meaning .* holds a file"):
+        from_pretrained(path, config=config, variant="fp16")
+    save_pretrained(toy(), tmp_path / "b")
+    with pytest.raises(ValueError, match="config has no meaning"):
+        from_pretrained(tmp_path / "b", config=config)
 
 
 def test_every_tensor_that_does_not_fit_is_listed(folder):
@@ -205,7 +229,7 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(folder)
     pickled = old.rename(folder / "diffusion_pytorch_model.bin")
     with pytest.raises(WeightsFileError, match=rf"diffusion-jax convert {pickled} {folder}"):
         from_pretrained(folder)
-    with pytest.raises(WeightsFileError, match="is a file, expected a folder"):
+    with pytest.raises(WeightsFileError, match=rf"convert {pickled} {old}"):
         from_pretrained(pickled)
     (folder / "config.json").unlink()
     with pytest.raises(WeightsFileError, match="Pickled weights are never read"):

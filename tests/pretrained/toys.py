@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.io.mapping import Row
-from diffusion_jax.io.tables.unet import UnsupportedOption
+from diffusion_jax.io.tables.options import UnsupportedOption, complete
 from diffusion_jax.pretrained import COMPONENTS, Component, Loaded
 
 
@@ -52,10 +52,11 @@ def _rows(config: ToyConfig, names: Collection[str]) -> tuple[Row, ...]:
 
 def _component(**about: Any) -> Component:
     def read(config: Mapping[str, Any]) -> ToyConfig:
-        options = {key: value for key, value in config.items() if key not in about}
-        if set(options) - {"width"}:
-            raise UnsupportedOption(f"unknown options {sorted(set(options) - {'width'})}")
-        return ToyConfig(**options)
+        known = {key: value for key, value in config.items() if key != "architectures"}
+        width = complete(known, {"width": 6}, "ToyModel")["width"]
+        if width < 1:
+            raise UnsupportedOption(f"width must be 1 or more, got {width}")
+        return ToyConfig(width)
 
     return Component(
         read, lambda config: {**about, **asdict(config)}, _shapes, _rows, ("*.position_ids",)

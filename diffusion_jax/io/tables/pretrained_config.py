@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from diffusion_jax.io.tables.unet import UnsupportedOption
+from diffusion_jax.io.tables.options import UnknownOptions, UnsupportedOption
 
 # Keys that any configuration may hold and that say nothing about what an encoder computes:
 # about the file, about calls and their outputs, about heads and generation, about training.
@@ -44,11 +44,11 @@ def complete(
       aliases: other names of options -> their names.
 
     Raises:
-      UnsupportedOption: naming every key that nobody knows and what may have been meant, or an
-        option that is given twice with two values.
+      UnknownOptions: naming every key that nobody knows and what may have been meant.
+      UnsupportedOption: if an option is given twice with two values.
     """
     aliases = aliases or {}
-    given, unknown = {}, []
+    given, unknown = {}, {}
     known = {*defaults, *unread, *METADATA, *aliases}
     for key, value in config.items():
         name = aliases.get(key, key)
@@ -56,12 +56,14 @@ def complete(
             continue
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
-            unknown.append(f"{key!r}" + (f" (is {close[0]!r} meant?)" if close else ""))
+            unknown[key] = f"{key!r}" + (f" (is {close[0]!r} meant?)" if close else "")
         elif name in defaults:
             if given.setdefault(name, value) != value:
                 raise UnsupportedOption(f"{name} of a {model} is given twice, also as another name")
     if unknown:
-        raise UnsupportedOption(f"unknown options of a {model}: {', '.join(unknown)}")
+        raise UnknownOptions(
+            f"unknown options of a {model}: {', '.join(unknown.values())}", tuple(unknown)
+        )
     return {**defaults, **given}
 
 
