@@ -9,12 +9,14 @@ from diffusion_jax.models.classifier import (
     NoisyClassifier,
 )
 from diffusion_jax.models.dit import DiT, DiTConfig
+from diffusion_jax.models.dit_sizes import latent_dit
 from diffusion_jax.models.embeddings import Fourier, Learned, Sinusoidal
 from diffusion_jax.models.levels import LevelConfig
 from diffusion_jax.models.mlp import MLP, MLPConfig
 from diffusion_jax.models.prior import Prior, PriorConfig
 from diffusion_jax.models.text_attention import TextAttention
 from diffusion_jax.models.transformer import SpatialTransformer
+from diffusion_jax.models.unclip import kandinsky_prior, karlo_prior, shap_e_prior
 from diffusion_jax.models.unet import UNet, UNetConfig
 
 NETWORKS = {"unet": UNetConfig, "mlp": MLPConfig, "dit": DiTConfig}
@@ -50,4 +52,8 @@ __all__ = [
     "adm_levels",
     "adm_unet",
     "adm_upsampler",
+    "kandinsky_prior",
+    "karlo_prior",
+    "latent_dit",
+    "shap_e_prior",
 ]

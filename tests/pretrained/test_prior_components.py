@@ -10,7 +10,7 @@ import pytest
 from diffusion_jax.conditioners.clip_projection import CLIPProjectionConfig
 from diffusion_jax.io.mapping import MappingError, convert, export
 from diffusion_jax.io.tables.dit import DEFAULTS
-from diffusion_jax.io.tables.unet import UnsupportedOption
+from diffusion_jax.io.tables.options import UnsupportedOption
 from diffusion_jax.models.unclip import kandinsky_prior, karlo_prior, shap_e_prior
 from diffusion_jax.pretrained.components import COMPONENTS
 

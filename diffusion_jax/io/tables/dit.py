@@ -4,8 +4,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from diffusion_jax.io.mapping import Row, prefixed
-from diffusion_jax.io.tables.options import complete, require, require_integers
-from diffusion_jax.io.tables.unet import UnsupportedOption
+from diffusion_jax.io.tables.options import (
+    UnsupportedOption,
+    complete,
+    require,
+    require_integers,
+)
 
 CLASS = "DiTTransformer2DModel"
 # The class that the first released DiTs name; diffusers reads such files as its DiT class.

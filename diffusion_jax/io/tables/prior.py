@@ -4,8 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusion_jax.io.mapping import Row, prefixed
-from diffusion_jax.io.tables.options import complete, require, require_integers
-from diffusion_jax.io.tables.unet import UnsupportedOption
+from diffusion_jax.io.tables.options import (
+    UnsupportedOption,
+    complete,
+    require,
+    require_integers,
+)
 
 PRIOR = "PriorTransformer"
 PRIOR_DEFAULTS: Mapping[str, Any] = {
