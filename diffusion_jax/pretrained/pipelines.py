@@ -43,7 +43,11 @@ LEFT_OUT = (
     "CLIPProcessor",
 )
 # The library of a class whose module diffusers keeps beside one of its pipelines.
-_LIBRARIES = {"UnCLIPTextProjModel": "unclip", "LDMBertModel": "latent_diffusion"}
+_LIBRARIES = {
+    "UnCLIPTextProjModel": "unclip",
+    "LDMBertModel": "latent_diffusion",
+    "CLIPImageProjection": "stable_diffusion",
+}
 
 
 @dataclass(frozen=True)

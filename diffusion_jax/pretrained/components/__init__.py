@@ -8,8 +8,17 @@ from diffusion_jax.pretrained.components.autoencoder import (
     VQ_MODEL,
 )
 from diffusion_jax.pretrained.components.base import Component
+from diffusion_jax.pretrained.components.clip_image_projection import CLIP_IMAGE_PROJECTION
+from diffusion_jax.pretrained.components.compvis import (
+    COMPVIS_UNET,
+    LATENT_DIFFUSION,
+    LATENT_DIFFUSION_CLASS,
+    UNET_CLASS,
+)
 from diffusion_jax.pretrained.components.dit import DIT
 from diffusion_jax.pretrained.components.encoders import ENCODERS
+from diffusion_jax.pretrained.components.glide import GLIDE
+from diffusion_jax.pretrained.components.openai import GUIDED_DIFFUSION
 from diffusion_jax.pretrained.components.prior import CLIP_PROJECTION, PRIOR
 from diffusion_jax.pretrained.components.unet import UNET2D, UNET2D_CONDITION
 
@@ -25,7 +34,13 @@ COMPONENTS: Mapping[str, Component] = {
     "AutoencoderTiny": AUTOENCODER_TINY,
     "PriorTransformer": PRIOR,
     "UnCLIPTextProjModel": CLIP_PROJECTION,
+    "CLIPImageProjection": CLIP_IMAGE_PROJECTION,
     "DiTTransformer2DModel": DIT,
     "Transformer2DModel": DIT,
     **ENCODERS,
+    # Original layouts, by the full names of the original classes.
+    **GUIDED_DIFFUSION,
+    **GLIDE,
+    UNET_CLASS: COMPVIS_UNET,
+    LATENT_DIFFUSION_CLASS: LATENT_DIFFUSION,
 }
