@@ -2,6 +2,11 @@
 
 from diffusion_jax.models.adm import adm_classifier, adm_levels, adm_unet, adm_upsampler
 from diffusion_jax.models.attention import PixelAttention
+from diffusion_jax.models.autoencoder import (
+    AutoencoderKL,
+    AutoencoderKLConfig,
+    AutoencoderLevel,
+)
 from diffusion_jax.models.classifier import (
     ClassifierConfig,
     MLPClassifier,
@@ -11,13 +16,16 @@ from diffusion_jax.models.classifier import (
 from diffusion_jax.models.dit import DiT, DiTConfig
 from diffusion_jax.models.dit_sizes import latent_dit
 from diffusion_jax.models.embeddings import Fourier, Learned, Sinusoidal
+from diffusion_jax.models.first_stages import FIRST_STAGES
 from diffusion_jax.models.levels import LevelConfig
 from diffusion_jax.models.mlp import MLP, MLPConfig
 from diffusion_jax.models.prior import Prior, PriorConfig
 from diffusion_jax.models.text_attention import TextAttention
+from diffusion_jax.models.tiny_autoencoder import AutoencoderTiny, AutoencoderTinyConfig
 from diffusion_jax.models.transformer import SpatialTransformer
 from diffusion_jax.models.unclip import kandinsky_prior, karlo_prior, shap_e_prior
 from diffusion_jax.models.unet import UNet, UNetConfig
+from diffusion_jax.models.vq import VQModel, VQModelConfig
 
 NETWORKS = {"unet": UNetConfig, "mlp": MLPConfig, "dit": DiTConfig}
 # Networks from x_t and the time to the logits of classes.
@@ -26,6 +34,14 @@ CLASSIFIERS = {"unet": ClassifierConfig, "mlp": MLPClassifierConfig}
 ATTENTIONS = {"pixels": PixelAttention, "text": TextAttention, "transformer": SpatialTransformer}
 
 __all__ = [
+    "FIRST_STAGES",
+    "AutoencoderKL",
+    "AutoencoderKLConfig",
+    "AutoencoderLevel",
+    "AutoencoderTiny",
+    "AutoencoderTinyConfig",
+    "VQModel",
+    "VQModelConfig",
     "ATTENTIONS",
     "CLASSIFIERS",
     "MLP",
