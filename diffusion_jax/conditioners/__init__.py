@@ -18,6 +18,7 @@ from diffusion_jax.conditioners.embeddings import (
     text_image_vector,
     where_given,
 )
+from diffusion_jax.conditioners.glide_text import glide_text
 from diffusion_jax.conditioners.grounding import (
     keypoints,
     map_channels,
@@ -25,6 +26,7 @@ from diffusion_jax.conditioners.grounding import (
     text_boxes,
     text_image_boxes,
 )
+from diffusion_jax.conditioners.image import known_pixels, low_res
 from diffusion_jax.conditioners.label import label
 
 CONDITIONERS = {
@@ -35,8 +37,10 @@ CONDITIONERS = {
     "image_tokens": image_tokens,
     "image_vector": image_vector,
     "keypoints": keypoints,
+    "known_pixels": known_pixels,
     "label": label,
     "linear_vector": linear_vector,
+    "low_res": low_res,
     "map_channels": map_channels,
     "map_tokens": map_tokens,
     "noise_level": noise_level,
@@ -57,13 +61,16 @@ __all__ = [
     "combine",
     "given_tokens",
     "given_vector",
+    "glide_text",
     "guidance_scale",
     "image_hint",
     "image_tokens",
     "image_vector",
     "keypoints",
+    "known_pixels",
     "label",
     "linear_vector",
+    "low_res",
     "map_channels",
     "map_tokens",
     "noise_level",

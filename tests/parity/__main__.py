@@ -20,6 +20,7 @@ import numpy as np
 
 from tests.parity import (
     autoencoders,
+    compvis,
     denoisers,
     diffusion,
     encoders,
@@ -45,6 +46,7 @@ HANDLERS: tuple[Handler, ...] = (
     diffusion.run,
     gligen.run,
     glide.run,
+    compvis.run,
     priors.run,
     tokenizers.run,
     encoders.run,

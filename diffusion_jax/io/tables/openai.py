@@ -225,6 +225,47 @@ def adm_classifier_config(config: Mapping[str, Any]) -> ADMClassifier:
     return ADMClassifier(classifier, full["in_channels"], full["image_size"], dtype_of(full))
 
 
+def adm_unet_options(
+    unet: Mapping[str, Any], in_channels: int, num_classes: int | None
+) -> dict[str, Any]:
+    """The arguments of a UNetModel or SuperResModel: `adm_unet_config` backwards.
+
+    Args:
+      unet: fields of our UNetConfig as plain values.
+      in_channels: channels of x alone.
+      num_classes: as in `ADMUNet`.
+
+    Raises:
+      UnsupportedOption: if the levels differ in their number of blocks.
+    """
+    up = unet["num_heads_up"]
+    return {
+        **encoder_options(unet),
+        "in_channels": in_channels,
+        "out_channels": unet["out_channels"],
+        "num_heads_upsample": -1 if up is None else up,
+        "num_classes": num_classes,
+    }
+
+
+def adm_classifier_options(classifier: Mapping[str, Any], in_channels: int) -> dict[str, Any]:
+    """The arguments of an EncoderUNetModel but image_size: `adm_classifier_config` backwards.
+
+    Args:
+      classifier: fields of our ClassifierConfig as plain values.
+      in_channels: channels of x.
+
+    Raises:
+      UnsupportedOption: if the levels differ in their number of blocks.
+    """
+    return {
+        **encoder_options(classifier),
+        "in_channels": in_channels,
+        "out_channels": classifier["num_classes"],
+        "pool": classifier["pool"],
+    }
+
+
 _RES_BLOCK = (
     Row("in_layers.0", "norm_1", "norm"),
     Row("in_layers.2", "conv_1", "conv"),

@@ -38,11 +38,14 @@ from diffusion_jax.models.vq import VQModelConfig
 from diffusion_jax.pretrained.components.autoencoder import autoencoder_shapes, with_levels
 from diffusion_jax.pretrained.components.base import Component
 from diffusion_jax.pretrained.components.encoders import text_shapes
-from diffusion_jax.pretrained.components.unet import ReleasedUNetConfig, unet_shapes
-from diffusion_jax.pretrained.components.unet import _checked as checked
-from diffusion_jax.pretrained.components.unet import _config as unet_config
-from diffusion_jax.pretrained.components.unet import _form as unet_form
-from diffusion_jax.pretrained.components.unet import _told_rows as told_rows
+from diffusion_jax.pretrained.components.unet import (
+    ReleasedUNetConfig,
+    checked,
+    told_rows,
+    unet_config,
+    unet_form,
+    unet_shapes,
+)
 from diffusion_jax.pretrained.latent_diffusion import noise_schedule
 
 UNET_CLASS = f"ldm.modules.diffusionmodules.{UNET}"

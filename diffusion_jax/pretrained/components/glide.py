@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.conditioners.base import Conditioner, combine
+from diffusion_jax.conditioners.base import UNCONDITIONAL, Conditioner, combine
 from diffusion_jax.conditioners.glide_text import glide_text
 from diffusion_jax.conditioners.image import known_pixels, low_res
 from diffusion_jax.core.condition import Condition
@@ -68,22 +68,14 @@ class GlideConfig:
           size: height and width of x, in pixels.
           dtype: of the text encoder's activations, a dtype or its name.
         """
-        images = {}
+        parts: dict[str, Conditioner] = {}
+        if self.text is not None:
+            parts["text"] = glide_text(self.text, dtype=dtype)
         if self.inpaint:
-            images["known"] = known_pixels()
+            parts["known"] = known_pixels()
         if self.low_res:
-            images["low_res"] = low_res(size)
-        texts = {} if self.text is None else {"text": glide_text(self.text, dtype=dtype)}
-        if not images and not texts:
-            return Conditioner(lambda key: {}, lambda *_: Condition(), lambda *_: Condition())
-        both = combine(**texts, **images)
-        # Images have no parameters, and files none for them.
-        none = dict.fromkeys(images, {})
-        return Conditioner(
-            init=lambda key: {name: p for name, p in both.init(key).items() if name not in none},
-            apply=lambda params, batch, keys: both.apply({**params, **none}, batch, keys),
-            null=lambda params, batch: both.null({**params, **none}, batch),
-        )
+            parts["low_res"] = low_res(size)
+        return combine(**parts) if parts else UNCONDITIONAL
 
 
 def _unet_config(form: Glide) -> UNetConfig:
@@ -136,7 +128,9 @@ def glide_shapes(config: GlideConfig) -> Params:
     x, time = struct(1, size, size, channels), struct(1)
     shapes = {"network": jax.eval_shape(config.build().init, key, x, time, cond)["params"]}
     if config.text is not None:
-        shapes["conditioner"] = jax.eval_shape(config.conditioner((size, size)).init, key)
+        told = jax.eval_shape(config.conditioner((size, size)).init, key)
+        # Images have no parameters, and files none for them.
+        shapes["conditioner"] = {"text": told["text"]}
     return shapes
 
 

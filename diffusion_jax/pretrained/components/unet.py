@@ -39,7 +39,7 @@ from diffusion_jax.pretrained.components.gligen import (
 )
 
 # Conditioners that have no dtype: float32 as times are, or what the batch has.
-_UNTYPED = ("given_tokens", "given_vector", "label", "noise_level")
+_UNTYPED = ("given_tokens", "given_vector", "label", "low_res", "noise_level")
 _ATTENTION_TYPES = {TextGroundingConfig: "gated", TextImageGroundingConfig: "gated-text-image"}
 
 
@@ -90,7 +90,12 @@ class ReleasedUNetConfig:
         return combine(**parts) if parts else UNCONDITIONAL
 
 
-def _config(form: UNetForm, grounding: GroundingConfig | None = None) -> ReleasedUNetConfig:
+def unet_config(form: UNetForm, grounding: GroundingConfig | None = None) -> ReleasedUNetConfig:
+    """The dataclass that the plain fields of a translated configuration stand for.
+
+    Raises:
+      UnsupportedOption: if they contradict each other.
+    """
     try:
         network = from_dict(UNetConfig, form.unet, "network")
     except ValueError as error:
@@ -98,18 +103,23 @@ def _config(form: UNetForm, grounding: GroundingConfig | None = None) -> Release
     return ReleasedUNetConfig(network, form.in_channels, form.conditioners, grounding, form.kept)
 
 
-def _form(config: ReleasedUNetConfig) -> UNetForm:
+def unet_form(config: ReleasedUNetConfig) -> UNetForm:
+    """`unet_config` backwards, with every field of our UNetConfig."""
     conditioners = {name: (kind, dict(o)) for name, (kind, o) in config.conditioners.items()}
     unet = to_dict(config.network)
     return UNetForm(unet, config.in_channels, conditioners, dict(config.kept))
 
 
-def _checked(
+def checked(
     options: dict[str, Any],
     config: ReleasedUNetConfig,
     read: Callable[[Mapping[str, Any]], ReleasedUNetConfig],
 ) -> dict[str, Any]:
-    """The options, if they mean the configuration."""
+    """The options, if reading them gives the configuration.
+
+    Raises:
+      UnsupportedOption: if it does not.
+    """
     if read(options) != config:
         raise UnsupportedOption(
             f"{options['_class_name']} cannot express this UNet: what it can would be another one"
@@ -140,7 +150,8 @@ def unet_shapes(config: ReleasedUNetConfig) -> Params:
     return {"network": params, "conditioner": told} if told else {"network": params}
 
 
-def _told_rows(config: ReleasedUNetConfig, rows: Mapping[str, Sequence[Row]]) -> tuple[Row, ...]:
+def told_rows(config: ReleasedUNetConfig, rows: Mapping[str, Sequence[Row]]) -> tuple[Row, ...]:
+    """The rows of what embeds conditions, from those of every kind of conditioner."""
     found: list[Row] = []
     for name, (kind, _) in config.conditioners.items():
         found += prefixed(rows.get(kind, ()), target=f"conditioner/{name}/")
@@ -148,24 +159,24 @@ def _told_rows(config: ReleasedUNetConfig, rows: Mapping[str, Sequence[Row]]) ->
 
 
 def _read_2d(config: Mapping[str, Any]) -> ReleasedUNetConfig:
-    return _config(unet2d_config(config))
+    return unet_config(unet2d_config(config))
 
 
 def _write_2d(config: ReleasedUNetConfig) -> dict[str, Any]:
-    return _checked(unet2d_options(_form(config)), config, _read_2d)
+    return checked(unet2d_options(unet_form(config)), config, _read_2d)
 
 
 def _rows_2d(config: ReleasedUNetConfig, names: Collection[str]) -> tuple[Row, ...]:
     old = has_old_attention_names(names)
     network = unet2d_rows(to_dict(config.network), old_attention_names=old)
     told = {kind: label_rows(kind) for kind in ("label", "noise_level")}
-    return prefixed(network, target="network/") + _told_rows(config, told)
+    return prefixed(network, target="network/") + told_rows(config, told)
 
 
 def _read_condition(config: Mapping[str, Any]) -> ReleasedUNetConfig:
     module = unet2d_condition_grounding(condition_options(config))
     grounding = None if module is None else grounding_config(module)
-    return _config(unet2d_condition_config(config), grounding)
+    return unet_config(unet2d_condition_config(config), grounding)
 
 
 def _attention_type(config: ReleasedUNetConfig) -> str:
@@ -175,9 +186,9 @@ def _attention_type(config: ReleasedUNetConfig) -> str:
 
 
 def _write_condition(config: ReleasedUNetConfig) -> dict[str, Any]:
-    options = unet2d_condition_options(_form(config))
+    options = unet2d_condition_options(unet_form(config))
     options["attention_type"] = _attention_type(config)
-    return _checked(options, config, _read_condition)
+    return checked(options, config, _read_condition)
 
 
 def _rows_condition(config: ReleasedUNetConfig, names: Collection[str]) -> tuple[Row, ...]:
@@ -186,7 +197,7 @@ def _rows_condition(config: ReleasedUNetConfig, names: Collection[str]) -> tuple
         linear_projection=bool(config.kept.get("use_linear_projection")),
         old_attention_names=has_old_attention_names(names),
     )
-    rows = prefixed(network, target="network/") + _told_rows(config, CONDITIONER_ROWS)
+    rows = prefixed(network, target="network/") + told_rows(config, CONDITIONER_ROWS)
     if config.grounding is None:
         return rows
     position = POSITION_NET_ROWS[ATTENTION_TYPES[_attention_type(config)]]
