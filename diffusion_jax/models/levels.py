@@ -185,8 +185,11 @@ class EncoderConfig:
         groups = self.middle_attention_groups
         if self.middle_blocks not in (0, 1, 2):
             raise ValueError(f"middle_blocks must be 0, 1 or 2, got {self.middle_blocks}")
-        if groups is not None and not self.middle_attention:
-            raise ValueError("middle_attention_groups belongs to middle_attention=True")
+        if groups is not None and self.middle_attention is not True:
+            raise ValueError(
+                "middle_attention_groups belongs to middle_attention=True, "
+                f"got middle_attention={self.middle_attention}"
+            )
         if self.middle_attention and self.middle_blocks < 2:
             raise ValueError(
                 "middle_attention stands between two blocks, "
@@ -226,10 +229,16 @@ class EncoderConfig:
         """The bottom as a level; None if there is none."""
         if self.middle_blocks == 0:
             return None
+        channels, attention = self.levels[-1].channels, self.middle_attention
+        if attention is True and self.middle_attention_groups is not None:
+            groups = self.middle_attention_groups
+            attention = PixelAttention(self.heads(channels), norm_groups=groups)
         return LevelConfig(
-            self.levels[-1].channels,
+            channels,
             self.middle_blocks,
-            self.middle_attention,
+            attention,
+            # The bottom keeps its resolution; its norms are those of convolutional levels.
+            resample="conv",
             out_scale=self.middle_out_scale,
             time_act=self.middle_time_act,
         )

@@ -21,7 +21,8 @@ class SpatialTransformer:
       num_heads: heads; with neither this nor head_dim those of the network.
       head_dim: width of a head; at most one of num_heads and head_dim may be given.
       depth: transformer blocks in each place, or their numbers in the level's places in turn.
-      tokens_only: the first attention of a block is to the tokens too.
+      tokens_only: the first attention of a block is to the tokens too. (It heeds the mask of the
+        tokens, as diffusers' does not.)
       fuser: GLIGEN's adapter in every block, a key of `FUSERS`; None without.
 
     Raises:

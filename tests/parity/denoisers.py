@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.io.tables.options import UnsupportedOption
+from diffusion_jax.models import SpatialTransformer, UNetConfig
 from tests.parity import layouts
 
 CLASSES = ("diffusers.UNet2DModel", "diffusers.UNet2DConditionModel")
@@ -52,6 +53,8 @@ def run(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | None:
     off = "enabled=False" in case.get("call", "")
     outputs = {}
     for name, arguments in calls(case, folder).items():
+        if not masks_are_ours(config.network, arguments):
+            return None
         x = nhwc(arguments.pop("sample"))
         t = np.broadcast_to(np.float32(arguments.pop("timestep")), x.shape[:1])
         batch = batch_of(config, arguments)
@@ -61,6 +64,24 @@ def run(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | None:
         if "position_net_objs" in case["outputs"]:
             outputs["position_net_objs"] = np.asarray(cond.grounding.objects)
     return outputs
+
+
+def masks_are_ours(network: UNetConfig, arguments: Mapping[str, Any]) -> bool:
+    """Whether the peer masks what we do, the tokens wherever they are attended to.
+
+    Its transformer blocks take attention_mask for the pixels', or for the first attention to the
+    tokens where both are, which its encoder_attention_mask leaves unmasked.
+    """
+    transformers = [
+        level.attention
+        for level in network.all_levels()
+        if isinstance(level.attention, SpatialTransformer)
+    ]
+    if "attention_mask" in arguments and transformers:
+        return False
+    return "encoder_attention_mask" not in arguments or not any(
+        transformer.tokens_only for transformer in transformers
+    )
 
 
 def batch_of(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
