@@ -1,6 +1,5 @@
 """Runs reference cases of encoders of texts and images through our towers and name tables."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from diffusion_jax.io.mapping import convert, prefixed
 from diffusion_jax.io.tables.ldm_bert import bert_embedder_config, bert_embedder_rows
 from diffusion_jax.models.ldm_bert import LDMBertConfig
 from diffusion_jax.pretrained.components.encoders import ENCODERS, LDM_BERT
+from diffusion_jax.pretrained.networks import load_network
 
 EMBEDDER = "ldm.modules.encoders.modules.BERTEmbedder"
 EMBEDDER_PREFIX = "cond_stage_model."
@@ -26,12 +26,8 @@ def run(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | None:
     name = case.get("class", "").rpartition(".")[2]
     if case.get("checkpoint_format") != "transformers" or name not in ENCODERS:
         return None
-    component, checkpoint = ENCODERS[name], folder / case["checkpoint"]
-    config = component.read(json.loads((checkpoint / "config.json").read_text()))
-    tensors = load_file(checkpoint / WEIGHTS)
-    rows, shapes = component.rows(config, tensors), component.shapes(config)
-    params = convert(tensors, rows, shapes, ignore=component.ignore)
-    return _outputs(case, folder, config.build(), params)
+    loaded = load_network(folder / case["checkpoint"], class_name=name)
+    return _outputs(case, folder, loaded.module, loaded.params)
 
 
 def _embedder(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray]:

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from diffusion_jax.io.mapping import MappingError, convert, export, prefixed
+from diffusion_jax.io.tables import clip
 from diffusion_jax.io.tables.ldm_bert import bert_embedder_config, bert_embedder_rows
-from diffusion_jax.io.tables.unet import UnsupportedOption
+from diffusion_jax.io.tables.options import UnsupportedOption
 from diffusion_jax.models.clip import (
     CLIP_TEXT_TOWERS,
     CLIP_VISION_TOWERS,
@@ -174,20 +175,28 @@ def test_t5_reads_the_activation_as_transformers_does(options, activation, gated
 @pytest.mark.parametrize(
     "name, config, words",
     [
-        ("CLIPTextModel", {"hidden_sise": 4}, "unknown .* 'hidden_sise' .is 'hidden_size' meant"),
+        (
+            "CLIPTextModel",
+            {"hidden_sise": 4},
+            "no option 'hidden_sise' .did you mean 'hidden_size'",
+        ),
         ("CLIPTextModel", {"hidden_act": "gelu_10"}, "hidden_act .* got 'gelu_10'"),
         ("CLIPTextModel", {"eos_token_id": [1, 2]}, "eos_token_id .* one integer, got"),
         ("CLIPTextModel", {"hidden_size": 10}, "multiple of num_attention_heads = 8, got 10"),
         ("CLIPTextModel", {"num_hidden_layers": "12"}, "num_hidden_layers .* got '12'"),
         ("CLIPTextModel", {"layer_norm_eps": None}, "layer_norm_eps .* got None"),
         ("CLIPVisionModel", {"image_size": [224, 224]}, r"image_size .* got \[224, 224\]"),
-        ("CLIPVisionModel", {"vocab_size": 3}, "unknown options .*'vocab_size'"),
-        ("CLIPModel", {"text_config": {"magic": 1}}, "unknown options .*'magic'"),
-        ("CLIPModel", {"hidden_size": 1}, "unknown options .*'hidden_size'"),
+        ("CLIPVisionModel", {"vocab_size": 3}, "no option 'vocab_size'"),
+        ("CLIPModel", {"text_config": {"magic": 1}}, "no option 'magic'"),
+        ("CLIPModel", {"hidden_size": 1}, "no option 'hidden_size'"),
         ("T5EncoderModel", {"is_decoder": True}, "is_decoder .* must be false"),
         ("T5EncoderModel", {"feed_forward_proj": "twice-gelu"}, "got 'twice-gelu'"),
         ("T5EncoderModel", {"feed_forward_proj": "gated-elu"}, "got 'elu'"),
-        ("T5EncoderModel", {"d_model": 3, "hidden_size": 4}, "d_model .* given twice"),
+        (
+            "T5EncoderModel",
+            {"d_model": 3, "hidden_size": 4},
+            "d_model .* given twice, as hidden_size",
+        ),
         ("T5EncoderModel", {"quantization_config": {}}, "'quantization_config'"),
         ("LDMBertModel", {"activation_function": "elu"}, "got 'elu'"),
     ],
@@ -247,6 +256,36 @@ def test_t5_is_read_with_either_name_of_its_embedding_and_without_its_decoder():
     file = {**tensors, "shared.weight": shared, "encoder.embed_tokens.weight": shared + 1}
     with pytest.raises(MappingError, match="encoder.embed_tokens.weight: must equal shared.weight"):
         convert(file, rows, shapes, ignore=component.ignore)
+
+
+@pytest.mark.parametrize("prefix", ["", "cond_stage_model.model."])
+def test_the_original_names_of_clip(prefix):
+    """Queries, keys and values lie in one matrix, and projections are not transposed."""
+    component, config = ENCODERS["CLIPModel"], CONFIGS["CLIPModel"]
+    params = random_tree(component, config)
+    rows = prefixed(clip.OPEN_CLIP_ROWS, source=prefix)
+    tensors = export(params, rows)
+    attention = params["text"]["block_1"]["attention"]
+    joined = np.concatenate([attention[name]["kernel"].T for name in ("query", "key", "value")])
+    stem = f"{prefix}transformer.resblocks.1.attn."
+    np.testing.assert_array_equal(tensors[f"{stem}in_proj_weight"], joined)
+    assert tensors[f"{stem}in_proj_bias"].shape == (12,)
+    np.testing.assert_array_equal(
+        tensors[f"{prefix}text_projection"], params["text"]["project"]["kernel"]
+    )
+    back = convert(tensors, rows, component.shapes(config))
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, back))
+    assert {name for name in tensors if "visual" not in name and "resblocks" not in name} == {
+        prefix + name
+        for name in (
+            "token_embedding.weight",
+            "positional_embedding",
+            "ln_final.weight",
+            "ln_final.bias",
+            "text_projection",
+            "logit_scale",
+        )
+    }
 
 
 def test_the_original_text_encoder_of_latent_diffusion():

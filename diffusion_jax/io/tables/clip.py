@@ -3,15 +3,14 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from diffusion_jax.io.mapping import Row, prefixed
+from diffusion_jax.io.mapping import Row, Share, prefixed
+from diffusion_jax.io.tables.options import UnsupportedOption, require_integers
 from diffusion_jax.io.tables.pretrained_config import (
-    check_numbers,
-    complete,
     our_activation,
+    read_options,
     refuse,
     their_activation,
 )
-from diffusion_jax.io.tables.unet import UnsupportedOption
 
 TEXT_DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 49408,
@@ -63,18 +62,18 @@ _VISION_FIELDS = {
 
 
 def _fields(
-    full: Mapping[str, Any], names: Mapping[str, str], *, projection: bool, model: str
+    full: Mapping[str, Any], names: Mapping[str, str], *, projection: bool, owner: str
 ) -> dict[str, Any]:
     whole = (name for name in names.values() if name != "layer_norm_eps")
-    check_numbers(full, *whole, *(("projection_dim",) if projection else ()), model=model)
+    require_integers(full, [*whole, *(("projection_dim",) if projection else ())], owner)
     if full["hidden_size"] % full["num_attention_heads"]:
         multiple = f"a multiple of num_attention_heads = {full['num_attention_heads']}"
-        raise refuse("hidden_size", full["hidden_size"], multiple, model)
-    if not isinstance(full["layer_norm_eps"], float | int):
-        raise refuse("layer_norm_eps", full["layer_norm_eps"], "a number", model)
+        raise refuse("hidden_size", full["hidden_size"], multiple, owner)
+    if not isinstance(full["layer_norm_eps"], float):
+        raise refuse("layer_norm_eps", full["layer_norm_eps"], "a number", owner)
     return {
         **{ours: full[theirs] for ours, theirs in names.items()},
-        "activation": our_activation("hidden_act", full["hidden_act"], model),
+        "activation": our_activation("hidden_act", full["hidden_act"], owner),
         "projection": full["projection_dim"] if projection else None,
     }
 
@@ -92,15 +91,15 @@ def clip_text_config(config: Mapping[str, Any], *, projection: bool) -> dict[str
     Raises:
       UnsupportedOption: naming the option and the value that our tower does not have.
     """
-    model = "CLIPTextModel"
+    owner = "CLIPTextModel"
     if config.get("text_config") is not None:
         config = config["text_config"]
-    full = complete(config, TEXT_DEFAULTS, model=model, unread=_UNREAD)
+    full = read_options(config, TEXT_DEFAULTS, owner, unread=_UNREAD)
     end_id = full["eos_token_id"]
     if not isinstance(end_id, int):
-        raise refuse("eos_token_id", end_id, "one integer", model)
+        raise refuse("eos_token_id", end_id, "one integer", owner)
     return {
-        **_fields(full, _TEXT_FIELDS, projection=projection, model=model),
+        **_fields(full, _TEXT_FIELDS, projection=projection, owner=owner),
         "end_id": None if end_id == LARGEST_NUMBER else end_id,
     }
 
@@ -120,9 +119,9 @@ def clip_vision_config(config: Mapping[str, Any], *, projection: bool) -> dict[s
     """
     if config.get("vision_config") is not None:
         config = config["vision_config"]
-    model = "CLIPVisionModel"
-    full = complete(config, VISION_DEFAULTS, model=model, unread=_UNREAD)
-    return _fields(full, _VISION_FIELDS, projection=projection, model=model)
+    owner = "CLIPVisionModel"
+    full = read_options(config, VISION_DEFAULTS, owner, unread=_UNREAD)
+    return _fields(full, _VISION_FIELDS, projection=projection, owner=owner)
 
 
 def clip_config(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -138,7 +137,7 @@ def clip_config(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     Raises:
       UnsupportedOption: naming the option and the value that our towers do not have.
     """
-    full = complete(config, _WHOLE_DEFAULTS, model="CLIPModel", unread=("logit_scale_init_value",))
+    full = read_options(config, _WHOLE_DEFAULTS, "CLIPModel", unread=("logit_scale_init_value",))
 
     def tower(name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
         older = full[f"{name}_dict"]
@@ -276,3 +275,51 @@ CLIP_ROWS: tuple[Row, ...] = (
     *prefixed(clip_vision_rows(), target="vision/"),
     Row("logit_scale", "logit_scale", "param"),
 )
+
+
+def _original_blocks(source: str) -> tuple[Row, ...]:
+    """Blocks as OpenAI's and OpenCLIP's code names them."""
+    qkv = [
+        row
+        for i, name in enumerate(("query", "key", "value"))
+        for row in (
+            Row("attn.in_proj_weight", f"attention/{name}/kernel", "transposed", Share(i, 3)),
+            Row("attn.in_proj_bias", f"attention/{name}/bias", "param", Share(i, 3)),
+        )
+    ]
+    rows = (
+        Row("ln_1", "norm_1", "norm"),
+        *qkv,
+        Row("attn.out_proj", "attention/out", "linear"),
+        Row("ln_2", "norm_2", "norm"),
+        Row("mlp.c_fc", "dense_1", "linear"),
+        Row("mlp.c_proj", "dense_2", "linear"),
+    )
+    return prefixed(rows, source=f"{source}transformer.resblocks.{{i}}.", target="block_{i}/")
+
+
+# The tables of OpenAI's original weights and of OpenCLIP's, "cond_stage_model.model." before them
+# in the original files of Stable Diffusion 2. Files may hold `ORIGINAL_IGNORED` as well.
+OPEN_CLIP_TEXT_ROWS: tuple[Row, ...] = (
+    Row("token_embedding", "token_embed", "embed"),
+    Row("positional_embedding", "position", "param"),
+    *_original_blocks(""),
+    Row("ln_final", "norm_out", "norm"),
+    Row("text_projection", "project/kernel", "param"),
+)
+OPEN_CLIP_VISION_ROWS: tuple[Row, ...] = (
+    Row("visual.class_embedding", "class_token", "param"),
+    Row("visual.conv1", "patch_in", "conv"),
+    Row("visual.positional_embedding", "position", "param"),
+    Row("visual.ln_pre", "norm_in", "norm"),
+    *_original_blocks("visual."),
+    Row("visual.ln_post", "norm_out", "norm"),
+    Row("visual.proj", "project/kernel", "param"),
+)
+OPEN_CLIP_ROWS: tuple[Row, ...] = (
+    *prefixed(OPEN_CLIP_TEXT_ROWS, target="text/"),
+    *prefixed(OPEN_CLIP_VISION_ROWS, target="vision/"),
+    Row("logit_scale", "logit_scale", "param"),
+)
+# Numbers that the sizes repeat, and the causal mask.
+ORIGINAL_IGNORED = ("*input_resolution", "*context_length", "*vocab_size", "*attn_mask")

@@ -4,15 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusion_jax.io.mapping import Row, prefixed
+from diffusion_jax.io.tables.options import UnsupportedOption, complete, require_integers
 from diffusion_jax.io.tables.pretrained_config import (
-    check_numbers,
-    complete,
     our_activation,
+    read_options,
     their_activation,
 )
-from diffusion_jax.io.tables.unet import UnsupportedOption
 
-_MODEL = "LDMBertModel"
+_OWNER = "LDMBertModel"
 
 DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 30522,
@@ -62,9 +61,9 @@ def ldm_bert_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UnsupportedOption: naming the option and the value that our encoder does not have.
     """
-    full = complete(config, DEFAULTS, model=_MODEL, unread=_UNREAD, aliases=_ALIASES)
-    check_numbers(full, *_FIELDS.values(), model=_MODEL)
-    activation = our_activation("activation_function", full["activation_function"], _MODEL)
+    full = read_options(config, DEFAULTS, _OWNER, unread=_UNREAD, aliases=_ALIASES)
+    require_integers(full, tuple(_FIELDS.values()), _OWNER)
+    activation = our_activation("activation_function", full["activation_function"], _OWNER)
     fields = {ours: full[theirs] for ours, theirs in _FIELDS.items()}
     return {**fields, "activation": activation, "logits": True}
 
@@ -76,9 +75,9 @@ def write_ldm_bert_config(fields: Mapping[str, Any]) -> dict[str, Any]:
       UnsupportedOption: if the projection to the vocabulary was left out.
     """
     if not fields["logits"]:
-        raise UnsupportedOption(f"a file of an {_MODEL} holds to_logits; logits must be True")
+        raise UnsupportedOption(f"a file of an {_OWNER} holds to_logits; logits must be True")
     return {
-        "architectures": [_MODEL],
+        "architectures": [_OWNER],
         "model_type": "ldmbert",
         **{theirs: fields[ours] for ours, theirs in _FIELDS.items()},
         "num_hidden_layers": fields["num_layers"],
@@ -86,9 +85,15 @@ def write_ldm_bert_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-_EMBEDDER_DEFAULTS: Mapping[str, Any] = {"vocab_size": 30522, "max_seq_len": 77}
 # Where it runs, whether texts or tokens are passed in, and dropout in training.
 _EMBEDDER_UNREAD = ("device", "use_tokenizer", "embedding_dropout")
+_EMBEDDER_DEFAULTS: Mapping[str, Any] = {
+    "n_embed": None,
+    "n_layer": None,
+    "vocab_size": 30522,
+    "max_seq_len": 77,
+    **dict.fromkeys(_EMBEDDER_UNREAD),
+}
 
 
 def bert_embedder_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,10 +109,9 @@ def bert_embedder_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UnsupportedOption: naming what is unknown, missing or no number.
     """
-    model, required = "BERTEmbedder", ("n_embed", "n_layer")
-    defaults = {**_EMBEDDER_DEFAULTS, **dict.fromkeys(required)}
-    full = complete(config, defaults, model=model, unread=_EMBEDDER_UNREAD)
-    check_numbers(full, *defaults, model=model)
+    full = complete(config, _EMBEDDER_DEFAULTS, "BERTEmbedder")
+    numbers = ("n_embed", "n_layer", "vocab_size", "max_seq_len")
+    require_integers(full, numbers, "BERTEmbedder")
     return {
         "vocab_size": full["vocab_size"],
         "length": full["max_seq_len"],

@@ -1,10 +1,9 @@
 """What the configurations of transformers' models have in common, and how they are completed."""
 
-import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from diffusion_jax.io.tables.options import UnknownOptions, UnsupportedOption
+from diffusion_jax.io.tables.options import UnsupportedOption, complete
 
 # Keys that any configuration may hold and that say nothing about what an encoder computes:
 # about the file, about calls and their outputs, about heads and generation, about training.
@@ -26,48 +25,38 @@ METADATA: frozenset[str] = frozenset(
 )
 
 
-def complete(
+def read_options(
     config: Mapping[str, Any],
     defaults: Mapping[str, Any],
+    owner: str,
     *,
-    model: str,
     unread: Collection[str] = (),
     aliases: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """A configuration with all its options and nothing else.
+    """The options of a config.json that an encoder reads, defaults filled in.
 
     Args:
-      config: the parsed config.json; keys that start with "_" are metadata.
-      defaults: every option that is read, with the value of a file that does not give it.
-      model: whose configuration it is, for messages.
-      unread: further keys that have no effect on the encoder.
+      config: the parsed file.
+      defaults: every option that is read, and its default.
+      owner: name of the class, for messages.
+      unread: keys beside `METADATA` that have no effect on the encoder.
       aliases: other names of options -> their names.
 
     Raises:
-      UnknownOptions: naming every key that nobody knows and what may have been meant.
+      UnknownOptions: naming the keys that nobody knows.
       UnsupportedOption: if an option is given twice with two values.
     """
-    aliases = aliases or {}
-    given, unknown = {}, {}
-    known = {*defaults, *unread, *METADATA, *aliases}
+    given: dict[str, Any] = {}
     for key, value in config.items():
-        name = aliases.get(key, key)
-        if key.startswith("_"):
+        name = (aliases or {}).get(key, key)
+        if name not in defaults and (name in METADATA or name in unread):
             continue
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            unknown[key] = f"{key!r}" + (f" (is {close[0]!r} meant?)" if close else "")
-        elif name in defaults:
-            if given.setdefault(name, value) != value:
-                raise UnsupportedOption(f"{name} of a {model} is given twice, also as another name")
-    if unknown:
-        raise UnknownOptions(
-            f"unknown options of a {model}: {', '.join(unknown.values())}", tuple(unknown)
-        )
-    return {**defaults, **given}
+        if given.setdefault(name, value) != value:
+            raise UnsupportedOption(f"{name} of {owner} is given twice, as {key} as well")
+    return complete(given, defaults, owner)
 
 
-# Names of activations in configurations -> ours; the first of ours is the name that is written.
+# Names of activations in configurations -> ours; the first of several is the one that is written.
 ACTIVATIONS: Mapping[str, str] = {
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
@@ -84,14 +73,14 @@ ACTIVATIONS: Mapping[str, str] = {
 }
 
 
-def our_activation(option: str, value: Any, model: str) -> str:
+def our_activation(option: str, value: Any, owner: str) -> str:
     """Our name of an activation.
 
     Raises:
       UnsupportedOption: if it is none of `ACTIVATIONS`.
     """
-    if value not in ACTIVATIONS:
-        raise refuse(option, value, "one of " + ", ".join(ACTIVATIONS), model)
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        raise refuse(option, value, "one of " + ", ".join(ACTIVATIONS), owner)
     return ACTIVATIONS[value]
 
 
@@ -100,14 +89,6 @@ def their_activation(activation: str) -> str:
     return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == activation)
 
 
-def refuse(option: str, value: Any, expected: str, model: str) -> UnsupportedOption:
+def refuse(option: str, value: Any, expected: str, owner: str) -> UnsupportedOption:
     """The error for a value that we do not compute."""
-    return UnsupportedOption(f"{option} of a {model} must be {expected}, got {value!r}")
-
-
-def check_numbers(full: Mapping[str, Any], *options: str, model: str) -> None:
-    """Raises UnsupportedOption unless all of these are integers from 1 on."""
-    for option in options:
-        value = full[option]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise refuse(option, value, "an integer, at least 1", model)
+    return UnsupportedOption(f"{option} of {owner} must be {expected}, got {value!r}")

@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusion_jax.io.mapping import Row, prefixed
+from diffusion_jax.io.tables.options import require_integers
 from diffusion_jax.io.tables.pretrained_config import (
-    check_numbers,
-    complete,
     our_activation,
+    read_options,
     refuse,
     their_activation,
 )
 
-_MODEL = "T5EncoderModel"
+_OWNER = "T5EncoderModel"
 
 DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 32128,
@@ -65,15 +65,15 @@ def _feed_forward(full: Mapping[str, Any]) -> tuple[str, bool]:
     option, value = "feed_forward_proj", full["feed_forward_proj"]
     gate, _, name = str(value).rpartition("-")
     if gate not in ("", "gated"):
-        raise refuse(option, value, "an activation or gated-ACTIVATION", _MODEL)
+        raise refuse(option, value, "an activation or gated-ACTIVATION", _OWNER)
     # In files, "gated-gelu" means the approximation by tanh.
     name = "gelu_new" if value == "gated-gelu" else name
     if full["dense_act_fn"] is not None:
         option, name = "dense_act_fn", full["dense_act_fn"]
     gated = gate == "gated" if full["is_gated_act"] is None else full["is_gated_act"]
     if not isinstance(gated, bool):
-        raise refuse("is_gated_act", gated, "true or false", _MODEL)
-    return our_activation(option, name, _MODEL), gated
+        raise refuse("is_gated_act", gated, "true or false", _OWNER)
+    return our_activation(option, name, _OWNER), gated
 
 
 def t5_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,11 +88,11 @@ def t5_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UnsupportedOption: naming the option and the value that our encoder does not have.
     """
-    full = complete(config, DEFAULTS, model=_MODEL, unread=_UNREAD, aliases=_ALIASES)
-    numbers = (name for name in _FIELDS.values() if name != "layer_norm_epsilon")
-    check_numbers(full, *numbers, model=_MODEL)
+    full = read_options(config, DEFAULTS, _OWNER, unread=_UNREAD, aliases=_ALIASES)
+    numbers = [name for name in _FIELDS.values() if name != "layer_norm_epsilon"]
+    require_integers(full, numbers, _OWNER)
     if full["is_decoder"] is not False:
-        raise refuse("is_decoder", full["is_decoder"], "false", _MODEL)
+        raise refuse("is_decoder", full["is_decoder"], "false", _OWNER)
     activation, gated = _feed_forward(full)
     return {
         **{ours: full[theirs] for ours, theirs in _FIELDS.items()},
@@ -107,7 +107,7 @@ def write_t5_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     # "gated-gelu" is the only name that older readers know for T5 1.1.
     known = {("gelu_new", True): "gated-gelu"}
     return {
-        "architectures": [_MODEL],
+        "architectures": [_OWNER],
         "model_type": "t5",
         **{theirs: fields[ours] for ours, theirs in _FIELDS.items()},
         "feed_forward_proj": known.get(
