@@ -146,7 +146,9 @@ def test_downsamplers_have_their_options_and_names(name):
     assert shapes == ({} if name == "hed" else expected)
     assert config.resize == ("nearest" if name == "sem" else "bicubic")
     options = {"target": downsampler(name), "params": DOWNSAMPLERS[name]}
-    assert downsampler_options(name, form.fields) == options
+    assert downsampler_options(form.fields, name=name) == options
+    with pytest.raises(UnsupportedOption, match="no original downsampler"):
+        downsampler_options({**form.fields, "hidden": 5}, name=name)
 
 
 @pytest.mark.parametrize("options", [UNET, SPATIAL], ids=["boxes", "map and inpainting"])

@@ -66,6 +66,23 @@ COMPVIS_UNET = {
     "context_dim": 12,
     "legacy": False,
 }
+GLIGEN = {
+    **{
+        name: value
+        for name, value in COMPVIS_UNET.items()
+        if name not in ("use_spatial_transformer", "legacy")
+    },
+    "fuser_type": "gatedSA",
+    "grounding_tokenizer": {
+        "target": "ldm.modules.diffusionmodules.text_grounding_net.PositionNet",
+        "params": {"in_dim": 6, "out_dim": 12, "hidden": 8},
+    },
+    "grounding_downsampler": {
+        "target": "ldm.modules.diffusionmodules.hed_grounding_downsampler.GroundingDownsampler",
+        "params": {"out_dim": 1},
+    },
+    "inpaint_mode": True,
+}
 FIRST_STAGE = {
     "double_z": True,
     "z_channels": 4,
@@ -176,6 +193,7 @@ CONFIGS = {
     "glide_text2im.text2im_model.SuperResInpaintText2ImUnet": GLIDE,
     "ldm.modules.diffusionmodules.openaimodel.UNetModel": COMPVIS_UNET,
     "ldm.models.diffusion.ddpm.LatentDiffusion": LATENT_DIFFUSION,
+    "gligen.ldm.modules.diffusionmodules.openaimodel.UNetModel": GLIGEN,
 }
 # Classes that hold more than is read, or are older names, and what they are written as.
 WRITTEN_AS = {

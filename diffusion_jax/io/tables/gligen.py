@@ -320,15 +320,29 @@ def position_net_options(name: str, fields: Mapping[str, Any]) -> dict[str, Any]
     return {"target": f"{_PACKAGE}{name}_grounding_net.PositionNet", "params": params}
 
 
-def downsampler_options(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+def downsampler_options(fields: Mapping[str, Any], *, name: str) -> dict[str, Any]:
     """The original configuration of a downsampler: `downsampler_config` backwards.
 
     Args:
-      name, fields: as in `Module`.
+      fields: as in `Module`.
+      name: the class to prefer, since those of edges and of depths do the same.
 
     Returns:
       {"target": …, "params": …}.
+
+    Raises:
+      UnsupportedOption: if no original downsampler is like this.
     """
+    fitting = [
+        each
+        for each, (_, channels, hidden, resize) in _DOWNSAMPLERS.items()
+        if (hidden, resize) == (fields["hidden"], fields["resize"])
+        and channels in (None, fields["in_channels"])
+        and (hidden is not None or fields["size"] == _HED_SIZE)
+    ]
+    if not fitting:
+        raise UnsupportedOption(f"there is no original downsampler with {dict(fields)}")
+    name = name if name in fitting else fitting[0]
     values = {
         "resize_input": fields["size"],
         "in_dim": fields["in_channels"],
@@ -493,7 +507,7 @@ def gligen_unet_options(form: GLIGEN) -> dict[str, Any]:
     }
     if form.downsampler is not None:
         down = form.downsampler
-        options["grounding_downsampler"] = downsampler_options(down.name, down.fields)
+        options["grounding_downsampler"] = downsampler_options(down.fields, name=down.name)
     return options
 
 

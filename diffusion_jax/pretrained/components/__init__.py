@@ -18,6 +18,7 @@ from diffusion_jax.pretrained.components.compvis import (
 from diffusion_jax.pretrained.components.dit import DIT
 from diffusion_jax.pretrained.components.encoders import ENCODERS
 from diffusion_jax.pretrained.components.glide import GLIDE
+from diffusion_jax.pretrained.components.gligen import GLIGEN_CLASS, GLIGEN_UNET
 from diffusion_jax.pretrained.components.openai import GUIDED_DIFFUSION
 from diffusion_jax.pretrained.components.prior import CLIP_PROJECTION, PRIOR
 from diffusion_jax.pretrained.components.unet import UNET2D, UNET2D_CONDITION
@@ -43,4 +44,5 @@ COMPONENTS: Mapping[str, Component] = {
     **GLIDE,
     UNET_CLASS: COMPVIS_UNET,
     LATENT_DIFFUSION_CLASS: LATENT_DIFFUSION,
+    GLIGEN_CLASS: GLIGEN_UNET,
 }

@@ -43,7 +43,8 @@ from diffusion_jax.models.transformer import SpatialTransformer
 from diffusion_jax.models.unet import UNet, UNetConfig
 from diffusion_jax.pretrained.components.base import Component
 
-CLASS = "gligen.ldm.modules.diffusionmodules.openaimodel.UNetModel"
+# The original class has the name of latent diffusion's, so the repository's comes before it.
+GLIGEN_CLASS = "gligen.ldm.modules.diffusionmodules.openaimodel.UNetModel"
 
 GroundingConfig = (
     TextGroundingConfig
@@ -199,7 +200,7 @@ def gligen_options(config: GLIGENConfig) -> dict[str, Any]:
     Raises:
       UnsupportedOption: if it has no options for this network.
     """
-    options = {"_class_name": CLASS, **gligen_unet_options(_form(config))}
+    options = {"_class_name": GLIGEN_CLASS, **gligen_unet_options(_form(config))}
     if gligen_config(options) != config:
         raise UnsupportedOption(f"GLIGEN's UNetModel has no options for this network: {config}")
     return options
