@@ -7,6 +7,7 @@ from diffusion_jax.pretrained.networks import Loaded, UnknownClassError
 from diffusion_jax.pretrained.pipelines import Pipeline
 from diffusion_jax.pretrained.runs import Trained
 from diffusion_jax.pretrained.schedulers import Scheduler, from_config, to_config
+from diffusion_jax.pretrained.settings import read_settings
 
 __all__ = [
     "COMPONENTS",
@@ -19,6 +20,7 @@ __all__ = [
     "UnknownClassError",
     "from_config",
     "from_pretrained",
+    "read_settings",
     "save_pretrained",
     "to_config",
 ]

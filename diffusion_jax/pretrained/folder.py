@@ -42,7 +42,7 @@ TOKENIZER_FILES = (
 )
 
 _NETWORK_OPTIONS = ("dtype", "variant", "shardings", "check_finite", "ignore_unknown")
-_FILE_OPTIONS = ("config", "dtype", "shardings", "check_finite", "ignore_unknown")
+_FILE_OPTIONS = ("config", "dtype", "shardings", "weights", "check_finite", "ignore_unknown")
 # What a folder may hold, and the arguments of from_pretrained that mean something for it.
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "pipeline": (*_NETWORK_OPTIONS, "token_length"),
@@ -97,7 +97,8 @@ def from_pretrained(
         parameters, or a function of a parameter's path ("network/conv_in/kernel") and shape. No
         device then gets more than its own parts. In a pipeline trees are by part, and paths begin
         with the part's name. On the first device where None.
-      weights: "ema" or "raw" of a training directory, where None means "ema".
+      weights: "ema" or "raw" of a training directory, where None means "ema", or of latent
+        diffusion's original files, where None means "raw".
       check_finite: refuse weights with a NaN or an infinity, which takes reading them twice.
       ignore_unknown: print the options that nobody knows of a network's config.json and go on, as
         the libraries themselves do, in place of an error.

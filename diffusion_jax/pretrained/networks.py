@@ -174,6 +174,7 @@ def load_network(
     check_finite: bool = False,
     ignore_unknown: bool = False,
     config: Mapping[str, Any] | None = None,
+    weights: str | None = None,
 ) -> Loaded:
     """Reads a folder with config.json and safetensors, or one file; see `from_pretrained`."""
     path = folder / CONFIG if config is None else Path("config")
@@ -188,9 +189,10 @@ def load_network(
     if check_finite:
         check_all_finite(tensors, str(tensors.path))
     try:
+        chosen = _chosen(tensors, weights, component, class_name)
         params = convert(
-            tensors,
-            component.rows(ours, tuple(tensors)),
+            chosen,
+            component.rows(ours, tuple(chosen)),
             expected,
             ignore=component.ignore,
             cast=True,
@@ -199,6 +201,18 @@ def load_network(
     except MappingError as error:
         raise MappingError(f"{tensors.path} as a {class_name}: {error}") from error
     return Loaded(class_name, ours, ours.build(dtype=dtype, param_dtype=dtype), params)
+
+
+def _chosen(
+    tensors: Mapping[str, Any], weights: str | None, component: Component, class_name: str
+) -> Mapping[str, Any]:
+    """The weights as they were trained, or their moving averages."""
+    if weights in (None, "raw"):
+        return tensors
+    if weights != "ema" or component.averages is None:
+        known = "'raw'" if component.averages is None else "'raw' or 'ema'"
+        raise ValueError(f"weights of a {class_name} must be {known}, got {weights!r}")
+    return component.averages(tensors)
 
 
 def _check_params(params: Params, shapes: Params) -> None:

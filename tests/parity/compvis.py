@@ -1,24 +1,15 @@
 """Runs reference cases of the original latent diffusion through our networks and name tables."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import load_file
 
 from diffusion_jax.core.types import Params
-from diffusion_jax.io.mapping import convert
-from diffusion_jax.pretrained.components import Component
-from diffusion_jax.pretrained.components.compvis import (
-    COMPVIS_UNET,
-    LATENT_DIFFUSION,
-    LATENT_DIFFUSION_CLASS,
-    UNET_CLASS,
-    LatentDiffusionConfig,
-)
+from diffusion_jax.pretrained import Loaded, from_pretrained
+from diffusion_jax.pretrained.components.compvis import LATENT_DIFFUSION_CLASS, UNET_CLASS
 from diffusion_jax.pretrained.components.unet import ReleasedUNetConfig
 
 
@@ -26,32 +17,20 @@ def run(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | None:
     """Our outputs for a case, by name and in NCHW; None if it is not of latent diffusion."""
     if case.get("checkpoint_format", "").partition(" ")[0] != "original-ldm":
         return None
-    if case["class"] == UNET_CLASS:
-        config, params, inputs = _load(COMPVIS_UNET, case, folder)
-        return {"out": _unet(config, params, inputs)}
-    if case["class"] == LATENT_DIFFUSION_CLASS:
-        config, params, inputs = _load(LATENT_DIFFUSION, case, folder)
-        return _latent_diffusion(config, params, inputs)
-    return None
-
-
-def _load(component: Component, case: Mapping[str, Any], folder: Path):
-    config = component.read(case["config"])
-    checkpoint = folder / case["checkpoint"]
-    # The settings beside the weights are the same as the case's, JSON being YAML.
-    for path in checkpoint.glob("*.yaml"):
-        if component.read(json.loads(path.read_text())) != config:
-            raise ValueError(f"{path} is another configuration than the case's")
-    (weights,) = checkpoint.glob("*.safetensors")
-    tensors = load_file(weights)
-    rows, shapes = component.rows(config, tuple(tensors)), component.shapes(config)
-    params = convert(tensors, rows, shapes, ignore=component.ignore)
+    if case["class"] not in (UNET_CLASS, LATENT_DIFFUSION_CLASS):
+        return None
+    (weights,) = (folder / case["checkpoint"]).glob("*.safetensors")
+    loaded = from_pretrained(weights, config={"_class_name": case["class"], **case["config"]})
+    if not isinstance(loaded, Loaded):
+        raise TypeError(f"{weights} holds a {type(loaded).__name__}, expected one network")
     with np.load(folder / case["inputs_file"]) as file:
         inputs = {
             name: np.moveaxis(value, 1, -1) if value.ndim == 4 else value
             for name, value in file.items()
         }
-    return config, params, inputs
+    if case["class"] == UNET_CLASS:
+        return {"out": _unet(loaded.config, loaded.params, inputs)}
+    return _latent_diffusion(loaded, inputs)
 
 
 def _nchw(out: Any) -> np.ndarray:
@@ -71,10 +50,8 @@ def _unet(config: ReleasedUNetConfig, params: Params, inputs: dict[str, np.ndarr
     return _nchw(apply(params, inputs["x"], inputs["timesteps"].astype(np.float32), batch))
 
 
-def _latent_diffusion(
-    config: LatentDiffusionConfig, params: Params, inputs: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    modules = config.build()
+def _latent_diffusion(loaded: Loaded, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    config, params, modules = loaded.config, loaded.params, loaded.module
     outputs = {"unet_out": _unet(config.unet, params["unet"], inputs)}
     if config.first_stage is not None:
         apply = jax.jit(modules["first_stage"].apply, static_argnames="method")

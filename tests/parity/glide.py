@@ -6,10 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import load_file
 
 from diffusion_jax.core.condition import Condition
-from diffusion_jax.io.mapping import convert
+from diffusion_jax.pretrained import Loaded, from_pretrained
 from diffusion_jax.pretrained.components.glide import GLIDE
 
 # The original's arguments as entries of our batch.
@@ -26,10 +25,11 @@ def run(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | None:
     """Our outputs for a case, by name and in NCHW; None if it is not of glide-text2im."""
     if case.get("class") not in GLIDE:
         return None
-    component = GLIDE[case["class"]]
-    config = component.read(case["config"])
-    tensors = load_file(folder / case["checkpoint"] / "model.safetensors")
-    params = convert(tensors, component.rows(config, tuple(tensors)), component.shapes(config))
+    weights = folder / case["checkpoint"] / "model.safetensors"
+    loaded = from_pretrained(weights, config={"_class_name": case["class"], **case["config"]})
+    if not isinstance(loaded, Loaded):
+        raise TypeError(f"{weights} holds a {type(loaded).__name__}, expected one network")
+    config, params = loaded.config, loaded.params
     with np.load(folder / case["inputs_file"]) as file:
         inputs = {
             name: np.moveaxis(value, 1, -1) if value.ndim == 4 else value

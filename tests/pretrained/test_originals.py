@@ -1,13 +1,17 @@
 """guided-diffusion and latent diffusion: options and names there and back, averages, parts."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 from diffusion_jax.io.mapping import MappingError, convert, export
+from diffusion_jax.io.safetensors import write_safetensors
 from diffusion_jax.io.tables.compvis import compvis_unet_config, with_averages
 from diffusion_jax.io.tables.options import UnsupportedOption
 from diffusion_jax.models.clip import CLIPTextConfig
+from diffusion_jax.pretrained import from_pretrained, read_settings
 from diffusion_jax.pretrained.components.compvis import COMPVIS_UNET, LATENT_DIFFUSION
 from diffusion_jax.pretrained.components.openai import GUIDED_DIFFUSION
 
@@ -196,6 +200,8 @@ def test_averages_are_found_by_names_without_dots():
         with_averages({**weights, "model_ema.a1weight": normal(1, 2), "model_ema.b": normal(1)})
     with pytest.raises(MappingError, match=r"shape \(2, 1\), expected that of model.a.1.weight"):
         with_averages({"model.a.1.weight": normal(1, 2), "model_ema.a1weight": normal(2, 1)})
+    with pytest.raises(MappingError, match="no averages"):
+        with_averages(weights)
     with pytest.raises(MappingError, match="average of model.a.1 and of model.a1"):
         with_averages({"model.a.1": normal(1), "model.a1": normal(1), "model_ema.a1": normal(1)})
 
@@ -220,9 +226,76 @@ def test_a_unet_that_is_not_computed_here_is_named(change, words):
     (settings(BASE, "__is_unconditional__", magic=1), "no option 'magic'"),
     (settings(UNETS["text"], encoder("FrozenT5Embedder", {})), "BERTEmbedder.*FrozenT5Embedder"),
     (settings(UNETS["text"], encoder("FrozenCLIPEmbedder", {"version": "x"})), "got 'x'"),
+    (settings(UNETS["text"], None, scale_by_std=True), "give it as scale_factor"),
     (settings(UNETS["text"], None, parameterization="mu"), "parameterization .* got 'mu'"),
     ({**WHOLE["clip"], "extra": 1}, "data and lightning, got .'extra'. as well"),
 ])  # fmt: skip
 def test_settings_that_are_not_computed_here_are_named(wrong, words):
     with pytest.raises(UnsupportedOption, match=words):
         LATENT_DIFFUSION.read(wrong)
+
+
+YAML = """
+model:
+  target: ldm.models.diffusion.ddpm.LatentDiffusion
+  params:
+    linear_start: 85e-5
+    linear_end: 1.2e-2
+    scale_by_std: true
+    unet_config: {target: x, params: {dropout: .5, image_size: 8, factors: [1, 2]}}
+data: null
+"""
+
+
+def test_settings_are_plain_values_of_yaml_or_json(tmp_path):
+    path, weights = tmp_path / "settings.yaml", tmp_path / "weights.safetensors"
+    path.write_text(YAML)
+    write_safetensors({"scale_factor": np.float32([0.25]).reshape(())}, weights)
+    settings = read_settings(path, weights)
+    params = settings["model"]["params"]
+    assert settings["_class_name"] == "ldm.models.diffusion.ddpm.LatentDiffusion"
+    assert (params["linear_start"], params["linear_end"]) == (0.00085, 0.012)
+    assert params["unet_config"]["params"] == {"dropout": 0.5, "image_size": 8, "factors": [1, 2]}
+    assert (params["scale_factor"], params["scale_by_std"]) == (0.25, False)
+    assert read_settings(path)["model"]["params"]["scale_by_std"] is True
+    path.write_text(json.dumps({"model": {"eps": 1e-05}}))
+    assert read_settings(path)["model"] == {"eps": 1e-05}
+
+
+@pytest.mark.parametrize("text, words", [
+    ("model: !!python/object/apply:os.getcwd []", "neither JSON nor plain YAML"),
+    ("model: [", "neither JSON nor plain YAML"),
+    ("model: 3", "a mapping with a mapping 'model'"),
+    ("{}" + " " * 2**20, "longer than 1048576 bytes"),
+])  # fmt: skip
+def test_settings_that_are_no_settings_are_refused(tmp_path, text, words):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    with pytest.raises(UnsupportedOption, match=words):
+        read_settings(path)
+
+
+def test_original_files_are_read_by_their_settings_with_either_weights(tmp_path):
+    """A file of weights and halved averages, read as users do."""
+    options = settings({**BASE, "channel_mult": [1], "num_heads": 1}, "__is_unconditional__")
+    config = LATENT_DIFFUSION.read(options)
+    shapes = LATENT_DIFFUSION.shapes(config)
+    params = jax.tree.map(lambda leaf: normal(*leaf.shape), shapes)
+    tensors = export(params, LATENT_DIFFUSION.rows(config, ()))
+    network = {n: t for n, t in tensors.items() if n.startswith("model.")}
+    averages = {"model_ema." + n[6:].replace(".", ""): t / 2 for n, t in network.items()}
+    path = tmp_path / "weights.safetensors"
+    write_safetensors({**tensors, **averages, "model_ema.decay": normal()}, path)
+    given = {"_class_name": "ldm.models.diffusion.ddpm.LatentDiffusion", **options}
+    for which, factor in (("raw", 1.0), ("ema", 0.5), (None, 1.0)):
+        loaded = from_pretrained(path, config=given, weights=which)
+        for part, scale in (("unet", factor), ("first_stage", 1.0)):
+            kernel = loaded.params[part]
+            kernel = kernel["network"] if part == "unet" else kernel["encoder"]
+            expected = params[part]["network" if part == "unet" else "encoder"]
+            np.testing.assert_array_equal(
+                kernel["conv_in"]["kernel"], scale * expected["conv_in"]["kernel"]
+            )
+    unet = {"_class_name": "guided_diffusion.unet.UNetModel", **BASE}
+    with pytest.raises(ValueError, match="must be 'raw', got 'ema'"):
+        from_pretrained(path, config=unet, weights="ema")

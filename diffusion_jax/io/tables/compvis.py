@@ -347,6 +347,8 @@ def with_averages(
     """
     counters = {ema + "decay", ema + "num_updates"}
     averages = {name for name in tensors if name.startswith(ema)} - counters
+    if not averages:
+        raise MappingError(f"there are no averages: no tensor's name begins with {ema!r}")
     result, problems, owners = {}, [], {}
     for name, tensor in tensors.items():
         if name.startswith(ema):

@@ -61,7 +61,6 @@ class LatentDiffusion(NamedTuple):
       text: what makes its tokens; None where there is nothing to be learned or loaded.
       schedule: arguments of `noise_schedule`.
       prediction: "eps", "x0" or "v".
-      scale_by_std: the file holds the latents' factor as "scale_factor".
     """
 
     unet: UNetForm
@@ -69,7 +68,6 @@ class LatentDiffusion(NamedTuple):
     text: Part | None
     schedule: dict[str, Any]
     prediction: str
-    scale_by_std: bool
 
 
 _DEFAULTS: Mapping[str, Any] = {
@@ -229,15 +227,11 @@ def latent_diffusion_params(config: Mapping[str, Any]) -> dict[str, Any]:
     return params
 
 
-def latent_diffusion_config(
-    config: Mapping[str, Any], *, scale_factor: float | None = None
-) -> LatentDiffusion:
+def latent_diffusion_config(config: Mapping[str, Any]) -> LatentDiffusion:
     """Translates the settings of a LatentDiffusion.
 
     Args:
       config: as of `latent_diffusion_params`.
-      scale_factor: what multiplies the latents where the file of weights says it; None for
-        what the settings say.
 
     Raises:
       UnsupportedOption: naming the part, the option and the value that is not computed here.
@@ -245,6 +239,11 @@ def latent_diffusion_config(
     full = complete(latent_diffusion_params(config), _DEFAULTS, "LatentDiffusion")
     if full["given_betas"] is not None:
         raise UnsupportedOption("given_betas of LatentDiffusion must be None")
+    if full["scale_by_std"]:
+        raise UnsupportedOption(
+            "scale_by_std must be False, since the factor is the tensor scale_factor of the file "
+            "of weights then: give it as scale_factor, which read_settings does"
+        )
     if full["parameterization"] not in _PREDICTIONS:
         raise UnsupportedOption(
             f"parameterization must be one of {', '.join(_PREDICTIONS)}, "
@@ -254,14 +253,12 @@ def latent_diffusion_config(
     if not target.endswith(UNET):
         raise UnsupportedOption(f"the target of unet_config must be a {UNET}, got {target}")
     schedule = ("beta_schedule", "timesteps", "linear_start", "linear_end", "cosine_s")
-    scale = full["scale_factor"] if scale_factor is None else scale_factor
     return LatentDiffusion(
         compvis_unet_config(unet),
-        _first_stage(full["first_stage_config"], scale),
+        _first_stage(full["first_stage_config"], full["scale_factor"]),
         _text(full["cond_stage_config"]),
         {name: full[name] for name in schedule},
         _PREDICTIONS[full["parameterization"]],
-        bool(full["scale_by_std"]),
     )
 
 

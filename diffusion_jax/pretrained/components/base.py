@@ -22,6 +22,8 @@ class Component(NamedTuple):
         layouts of one class apart, for example old attention names; an empty collection asks
         for the layout to write.
       ignore: globs of tensors that files may hold and nobody needs, "*.position_ids".
+      averages: a file's tensors -> those with the moving averages of its weights in their place;
+        raises MappingError if it does not hold them. None where files hold one set of weights.
     """
 
     read: Callable[[Mapping[str, Any]], Any]
@@ -29,3 +31,4 @@ class Component(NamedTuple):
     shapes: Callable[[Any], Params]
     rows: Callable[[Any, Collection[str]], Sequence[Row]]
     ignore: tuple[str, ...] = ()
+    averages: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None

@@ -19,6 +19,7 @@ from diffusion_jax.io.tables.compvis import (
     compvis_unet_config,
     compvis_unet_options,
     compvis_unet_rows,
+    with_averages,
 )
 from diffusion_jax.io.tables.latent_diffusion import (
     FIRST_STAGE_PREFIX,
@@ -78,6 +79,7 @@ COMPVIS_UNET = Component(
     rows=_rows,
     # Of a file that holds all of a latent diffusion.
     ignore=(*IGNORED, f"{FIRST_STAGE_PREFIX}*", f"{TEXT_PREFIX}*"),
+    averages=with_averages,
 )
 
 
@@ -157,19 +159,16 @@ def _text(part: Part | None) -> CLIPTextConfig | LDMBertConfig | ClassTokensConf
     return kinds[part.kind](**part.fields)
 
 
-def latent_diffusion(
-    settings: Mapping[str, Any], *, scale_factor: float | None = None
-) -> LatentDiffusionConfig:
+def latent_diffusion(settings: Mapping[str, Any]) -> LatentDiffusionConfig:
     """A latent diffusion by the settings that it was trained with.
 
     Args:
       settings: the parsed YAML or JSON, {"model": {"target": …, "params": …}} or its "model".
-      scale_factor: what multiplies the latents where the file of weights says it.
 
     Raises:
       UnsupportedOption: naming the part, the option and the value that is not computed here.
     """
-    form = latent_diffusion_config(settings, scale_factor=scale_factor)
+    form = latent_diffusion_config(settings)
     return LatentDiffusionConfig(
         unet_config(form.unet),
         _first_stage(form.first_stage),
@@ -211,4 +210,5 @@ LATENT_DIFFUSION = Component(
     shapes=_shapes,
     rows=_all_rows,
     ignore=IGNORED,
+    averages=with_averages,
 )

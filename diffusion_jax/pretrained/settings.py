@@ -1,0 +1,76 @@
+"""Settings that a latent diffusion was trained with: YAML or JSON files beside its weights."""
+
+import json
+import re
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from diffusion_jax.io.safetensors import WeightsFile
+from diffusion_jax.io.tables.options import UnsupportedOption
+from diffusion_jax.pretrained.components.compvis import LATENT_DIFFUSION_CLASS
+
+MAX_BYTES = 2**20
+# YAML 1.1 takes 1e-5 for a word, the programs that wrote these files for a number.
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)|[-+]?[0-9]*\.[0-9]+")
+
+
+def read_settings(path: str | PathLike, weights: str | PathLike | None = None) -> dict[str, Any]:
+    """The `config` with which `from_pretrained` reads a latent diffusion's original weights.
+
+    from_pretrained("v1-5.safetensors", config=read_settings("v1-inference.yaml"))
+
+    Args:
+      path: the settings, YAML or JSON. YAML needs PyYAML, which transformers brings along, and is
+        read by its safe loader: it cannot make anything but plain values.
+      weights: the safetensors file. Needed where the settings say `scale_by_std`: the factor of
+        the latents, which was measured in training, is in the file.
+
+    Returns:
+      {"_class_name": …, "model": …}.
+
+    Raises:
+      UnsupportedOption: if it is not a mapping with "model" and nothing else but what a training
+        run's settings hold, or longer than 1 MiB; if the factor is in neither file.
+      ImportError: if it is YAML and PyYAML is not installed.
+    """
+    path = Path(path)
+    if path.stat().st_size > MAX_BYTES:
+        raise UnsupportedOption(f"{path} is longer than {MAX_BYTES} bytes, expected settings")
+    settings = _parse(path.read_text(encoding="utf-8"), path)
+    if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
+        raise UnsupportedOption(f"{path} must be a mapping with a mapping 'model'")
+    model = settings["model"]
+    params = model.get("params") or {}
+    if params.get("scale_by_std") and weights is not None:
+        tensors = WeightsFile(weights)
+        if "scale_factor" not in tensors:
+            raise UnsupportedOption(
+                f"{path} says scale_by_std, so {weights} must hold scale_factor, and does not"
+            )
+        factor = float(tensors["scale_factor"])
+        model = {**model, "params": {**params, "scale_factor": factor, "scale_by_std": False}}
+    return {"_class_name": LATENT_DIFFUSION_CLASS, **settings, "model": model}
+
+
+def _parse(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        pass
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError(
+            f"{path} is no JSON, and reading YAML needs PyYAML: pip install pyyaml, or write the "
+            "settings as JSON"
+        ) from error
+
+    class Loader(yaml.SafeLoader):
+        """The safe loader, for numbers such as 1e-5 too."""
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise UnsupportedOption(f"{path} is neither JSON nor plain YAML: {error}") from error
