@@ -13,13 +13,22 @@ from diffusion_jax.models.classifier import (
     MLPClassifierConfig,
     NoisyClassifier,
 )
+from diffusion_jax.models.clip import (
+    CLIP_TEXT_TOWERS,
+    CLIP_VISION_TOWERS,
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+)
 from diffusion_jax.models.dit import DiT, DiTConfig
 from diffusion_jax.models.dit_sizes import latent_dit
 from diffusion_jax.models.embeddings import Fourier, Learned, Sinusoidal
 from diffusion_jax.models.first_stages import FIRST_STAGES
+from diffusion_jax.models.ldm_bert import LDMBertConfig
 from diffusion_jax.models.levels import LevelConfig
 from diffusion_jax.models.mlp import MLP, MLPConfig
 from diffusion_jax.models.prior import Prior, PriorConfig
+from diffusion_jax.models.t5 import T5_ENCODERS, T5Config
 from diffusion_jax.models.text_attention import TextAttention
 from diffusion_jax.models.tiny_autoencoder import AutoencoderTiny, AutoencoderTinyConfig
 from diffusion_jax.models.transformer import SpatialTransformer
@@ -36,18 +45,25 @@ ATTENTIONS = {"pixels": PixelAttention, "text": TextAttention, "transformer": Sp
 __all__ = [
     "ATTENTIONS",
     "CLASSIFIERS",
+    "CLIP_TEXT_TOWERS",
+    "CLIP_VISION_TOWERS",
     "FIRST_STAGES",
     "MLP",
     "NETWORKS",
+    "T5_ENCODERS",
     "AutoencoderKL",
     "AutoencoderKLConfig",
     "AutoencoderLevel",
     "AutoencoderTiny",
     "AutoencoderTinyConfig",
+    "CLIPConfig",
+    "CLIPTextConfig",
+    "CLIPVisionConfig",
     "ClassifierConfig",
     "DiT",
     "DiTConfig",
     "Fourier",
+    "LDMBertConfig",
     "Learned",
     "LevelConfig",
     "MLPClassifier",
@@ -59,6 +75,7 @@ __all__ = [
     "PriorConfig",
     "Sinusoidal",
     "SpatialTransformer",
+    "T5Config",
     "TextAttention",
     "UNet",
     "UNetConfig",

@@ -17,6 +17,8 @@ from diffusion_jax.pretrained.networks import load_network
 EMBEDDER = "ldm.modules.encoders.modules.BERTEmbedder"
 EMBEDDER_PREFIX = "cond_stage_model."
 WEIGHTS = "model.safetensors"
+# All that encode texts alone or images alone.
+CLASSES = set(ENCODERS) - {"CLIPModel"}
 
 
 def run(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | None:
@@ -24,7 +26,7 @@ def run(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | None:
     if case.get("class") == EMBEDDER:
         return _embedder(case, folder)
     name = case.get("class", "").rpartition(".")[2]
-    if case.get("checkpoint_format") != "transformers" or name not in ENCODERS:
+    if case.get("checkpoint_format") != "transformers" or name not in CLASSES:
         return None
     loaded = load_network(folder / case["checkpoint"], class_name=name)
     return _outputs(case, folder, loaded.module, loaded.params)
