@@ -8,6 +8,7 @@ import pytest
 from diffusion_jax.models.embeddings import (
     Fourier,
     FourierFeatures,
+    Learned,
     Sinusoidal,
     TimeEmbedding,
     sinusoidal_embedding,
@@ -75,6 +76,26 @@ def test_time_embedding_is_a_silu_mlp(features, width):
     np.testing.assert_allclose(module.apply({"params": params}, times), h, atol=1e-4)
 
 
+def test_cosines_may_come_first():
+    options, times = {"num_frequencies": 3, "log": False}, np.array([0.5, 2.0], np.float32)
+    weight = {"params": {"weight": np.array([0.1, -0.7, 1.3], np.float32)}}
+    sines = FourierFeatures(Fourier(**options)).apply(weight, times)
+    cosines = FourierFeatures(Fourier(**options, cos_first=True)).apply(weight, times)
+    np.testing.assert_array_equal(cosines, np.roll(sines, 3, axis=1))
+
+
+def test_learned_features_are_rows_of_a_table_to_which_more_is_added():
+    module = TimeEmbedding(Learned(5), channels=3, embed_dim=4, act="relu", act_last="relu")
+    times, extra = jnp.asarray([4, 1]), np.asarray([[1.0, 2.0, 3.0]] * 2, np.float32)
+    params = random_params(module, times)
+    h = params["learned"]["embedding"][np.asarray(times)] + extra
+    h = np.maximum(h @ params["dense_1"]["kernel"] + params["dense_1"]["bias"], 0.0)
+    h = np.maximum(h @ params["dense_2"]["kernel"] + params["dense_2"]["bias"], 0.0)
+    np.testing.assert_allclose(module.apply({"params": params}, times, extra), h, atol=1e-4)
+    with pytest.raises(ValueError, match=r"must have shape \(2, 3\), got \(2, 2\)"):
+        module.apply({"params": params}, times, extra[:, :2])
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
@@ -85,6 +106,7 @@ def test_time_embedding_is_a_silu_mlp(features, width):
         (lambda: Sinusoidal(max_period=1.0), "max_period must be above 1"),
         (lambda: Fourier(num_frequencies=0), "num_frequencies must be at least 1"),
         (lambda: Fourier(scale=0.0), "scale must be positive"),
+        (lambda: Learned(0), "num_timesteps must be at least 1"),
     ],
 )
 def test_bad_options_are_refused(call, words):

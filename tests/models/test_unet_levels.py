@@ -28,8 +28,9 @@ from tests.models.trees import random_params
 
 RANDOM = np.random.default_rng(0)
 SD = UNetConfig(
-    levels=(LevelConfig(4, 1, attention=SpatialTransformer(2)), LevelConfig(8, 1)),
-    middle_attention=SpatialTransformer(2),
+    levels=(LevelConfig(4, 1, attention=SpatialTransformer(2)),),
+    middle_blocks=1,
+    middle_attention=False,
     norm_groups=2,
 )
 NCSN = UNetConfig(
