@@ -150,7 +150,7 @@ def _levels(full: Mapping[str, Any]) -> dict[str, Any]:
             )
     elif full["norm_num_groups"] is None:
         raise refuse("norm_num_groups", None, "an integer")
-    return level_fields(*made, full["downsample_padding"])
+    return level_fields(made[0], made[1], full["downsample_padding"])
 
 
 def _middle(full: Mapping[str, Any]) -> dict[str, Any]:

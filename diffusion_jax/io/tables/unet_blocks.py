@@ -135,6 +135,11 @@ def ways(unet: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, 
     return down, up
 
 
+def attention_kind(attention: bool | Mapping[str, Any]) -> str | None:
+    """Kind of a level's attention where a specification says it, None for True and False."""
+    return attention["kind"] if isinstance(attention, Mapping) else None
+
+
 def block_name(level: Mapping[str, Any], table: Mapping[str, Block]) -> str:
     """The type of block that a level is.
 
@@ -142,7 +147,7 @@ def block_name(level: Mapping[str, Any], table: Mapping[str, Block]) -> str:
       UnsupportedOption: if there is none.
     """
     attention = level["attention"]
-    kind = attention["kind"] if isinstance(attention, Mapping) else "pixels" if attention else None
+    kind = attention_kind(attention) or ("pixels" if attention else None)
     for resample in (level["resample"], None):
         for name, block in table.items():
             if block == Block(kind, resample):

@@ -21,13 +21,9 @@ from diffusion_jax.io.tables.gligen import (
 from diffusion_jax.io.tables.options import UnsupportedOption
 from diffusion_jax.io.tables.unet import label_rows, unet2d_config, unet2d_options, unet2d_rows
 from diffusion_jax.io.tables.unet_blocks import UNetForm, has_old_attention_names
-from diffusion_jax.io.tables.unet_condition import (
-    CONDITIONER_ROWS,
-    condition_options,
-    unet2d_condition_config,
-    unet2d_condition_options,
-    unet2d_condition_rows,
-)
+from diffusion_jax.io.tables.unet_condition import condition_options, unet2d_condition_config
+from diffusion_jax.io.tables.unet_condition_options import unet2d_condition_options
+from diffusion_jax.io.tables.unet_condition_rows import CONDITIONER_ROWS, unet2d_condition_rows
 from diffusion_jax.models.grounding import TextGroundingConfig, TextImageGroundingConfig
 from diffusion_jax.models.inputs import DType
 from diffusion_jax.models.unet import UNet, UNetConfig
