@@ -1,7 +1,7 @@
 """diffusers' autoencoders, read and written as ours."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -43,22 +43,17 @@ def autoencoder_shapes(config: AnyAutoencoderConfig) -> Params:
     return jax.eval_shape(config.build().init, jax.random.key(0), image)["params"]
 
 
-def _rows(config: AutoencoderKLConfig | VQModelConfig, names: Collection[str]):
-    del config
-    return autoencoder_rows(names)
-
-
 AUTOENCODER_KL = Component(
     read=lambda config: AutoencoderKLConfig(**with_levels(autoencoder_kl_config(config))),
     write=lambda config: autoencoder_kl_json(dataclasses.asdict(config)),
     shapes=autoencoder_shapes,
-    rows=_rows,
+    rows=lambda config, names: autoencoder_rows(names),
 )
 VQ_MODEL = Component(
     read=lambda config: VQModelConfig(**with_levels(vq_model_config(config))),
     write=lambda config: vq_model_json(dataclasses.asdict(config)),
     shapes=autoencoder_shapes,
-    rows=_rows,
+    rows=lambda config, names: autoencoder_rows(names),
 )
 AUTOENCODER_TINY = Component(
     read=lambda config: AutoencoderTinyConfig(**autoencoder_tiny_config(config)),
