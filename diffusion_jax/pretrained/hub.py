@@ -5,11 +5,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusion_jax.io.safetensors import WeightsFileError
 from diffusion_jax.io.shards import STEMS, indexed_files, weight_names
 
 # Never code and never pickles. Weights are asked for by name, after their configurations.
 SMALL_FILES = ("*.json", "*.txt", "*.model")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Names are given to the hub as patterns, so they have no characters that mean more than themselves.
+_FILE = re.compile(r"\w[\w./ -]*")
 
 
 class HubError(OSError):
@@ -101,6 +104,33 @@ def fetch_weights(
     if variant is not None and lacking:
         plain = [_weight_files(folder, part, None) for part in lacking]
         _fetch(repository, commit, sum(plain, []))
+
+
+def fetch_file(repository: str, name: str, revision: str | None = None) -> Path:
+    """Fetches one safetensors file of a repository, and prints its commit.
+
+    Args:
+      repository: its id.
+      name: of the file, with the folders that it lies in.
+      revision: branch, tag or commit; the main branch where None.
+
+    Raises:
+      HubError: as `fetch_small`, and if the repository has no such file.
+      WeightsFileError: if it is no safetensors file; nothing is fetched then.
+    """
+    if Path(name).suffix != ".safetensors" or not _FILE.fullmatch(name) or ".." in name:
+        raise WeightsFileError(
+            f"{name!r} of {repository} must be a safetensors file; a pickle has to be downloaded "
+            "and converted once, where torch is installed: diffusion-jax convert FILE OUT"
+        )
+    folder = _fetch(repository, revision, [name])
+    print(f"{repository}: revision {_commit(folder) or revision}", file=sys.stderr)
+    if not (folder / name).exists():
+        raise HubError(
+            f"{repository} has no file {name}; https://huggingface.co/{repository}/tree/main "
+            "lists them"
+        )
+    return folder / name
 
 
 def _commit(folder: Path) -> str | None:

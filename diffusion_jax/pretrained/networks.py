@@ -232,6 +232,16 @@ def _check_params(params: Params, shapes: Params) -> None:
         )
 
 
+def tensors_of(loaded: Loaded, component: Component) -> dict[str, Any]:
+    """The tensors of a network by the names that its library gives them.
+
+    Raises:
+      MappingError: if the parameters are not those of the configuration.
+    """
+    _check_params(loaded.params, component.shapes(loaded.config))
+    return export(loaded.params, component.rows(loaded.config, ()))
+
+
 def save_network(
     loaded: Loaded,
     folder: Path,
@@ -245,8 +255,7 @@ def save_network(
     config = component.write(loaded.config)
     if path.exists() and read_json(path) != json.loads(json.dumps(config)):
         raise ValueError(f"{path} is of another network; choose another folder")
-    _check_params(loaded.params, component.shapes(loaded.config))
-    tensors = export(loaded.params, component.rows(loaded.config, ()))
+    tensors = tensors_of(loaded, component)
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
     save_weights(tensors, folder, stem=stem, variant=variant, max_shard_size=max_shard_size)
     write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
