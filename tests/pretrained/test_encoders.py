@@ -245,6 +245,8 @@ def test_either_tower_of_a_whole_clip_is_read_alone():
 
 def test_t5_is_read_with_either_name_of_its_embedding_and_without_its_decoder():
     component, config, params, tensors = written("T5EncoderModel")
+    gate = tensors["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"]
+    np.testing.assert_array_equal(gate, params["block_0"]["gate"]["kernel"].T)
     shared = tensors.pop("shared.weight")
     decoder = {"decoder.block.0.layer.0.SelfAttention.q.weight": shared, "lm_head.weight": shared}
     encoder = {"encoder.embed_tokens.weight": shared}
@@ -270,9 +272,8 @@ def test_the_original_names_of_clip(prefix):
     stem = f"{prefix}transformer.resblocks.1.attn."
     np.testing.assert_array_equal(tensors[f"{stem}in_proj_weight"], joined)
     assert tensors[f"{stem}in_proj_bias"].shape == (12,)
-    np.testing.assert_array_equal(
-        tensors[f"{prefix}text_projection"], params["text"]["project"]["kernel"]
-    )
+    for name, side in (("text_projection", "text"), ("visual.proj", "vision")):
+        np.testing.assert_array_equal(tensors[prefix + name], params[side]["project"]["kernel"])
     back = convert(tensors, rows, component.shapes(config))
     assert jax.tree.all(jax.tree.map(np.array_equal, params, back))
     assert {name for name in tensors if "visual" not in name and "resblocks" not in name} == {
