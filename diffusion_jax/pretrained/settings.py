@@ -2,13 +2,15 @@
 
 import json
 import re
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from diffusion_jax.io.safetensors import WeightsFile
+from diffusion_jax.io.shards import open_weights
 from diffusion_jax.io.tables.options import UnsupportedOption
-from diffusion_jax.pretrained.components.compvis import LATENT_DIFFUSION_CLASS
+from diffusion_jax.pretrained.components.compvis import FIRST_STAGES, LATENT_DIFFUSION_CLASS
 
 MAX_BYTES = 2**20
 # YAML 1.1 takes 1e-5 for a word, the programs that wrote these files for a number.
@@ -16,7 +18,7 @@ _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)|[-+]
 
 
 def read_settings(path: str | PathLike, weights: str | PathLike | None = None) -> dict[str, Any]:
-    """The `config` with which `from_pretrained` reads a latent diffusion's original weights.
+    """The `config` for `from_pretrained` of a latent diffusion's or an autoencoder's original file.
 
     from_pretrained("v1-5.safetensors", config=read_settings("v1-inference.yaml"))
 
@@ -34,23 +36,58 @@ def read_settings(path: str | PathLike, weights: str | PathLike | None = None) -
         run's settings hold, or longer than 1 MiB; if the factor is in neither file.
       ImportError: if it is YAML and PyYAML is not installed.
     """
+    settings = read_values(path)
+    if not isinstance(settings.get("model"), dict):
+        raise UnsupportedOption(f"{path} must be a mapping with a mapping 'model'")
+    settings = settings if weights is None else with_scale_factor(settings, weights)
+    name = str(settings["model"].get("target"))
+    # Subclasses differ in how conditions are made, not in the file.
+    name = name if name in FIRST_STAGES else LATENT_DIFFUSION_CLASS
+    return {"_class_name": name, **settings}
+
+
+def with_scale_factor(settings: Mapping[str, Any], weights: str | PathLike) -> dict[str, Any]:
+    """Settings whose `scale_by_std`, if they say so, is the factor that the weights hold.
+
+    Args:
+      settings: with "model" at their top, or what "model" says.
+      weights: a safetensors file, or a folder of them.
+
+    Raises:
+      UnsupportedOption: if the factor is needed and not there.
+    """
+    if isinstance(settings.get("model"), Mapping):
+        return {**settings, "model": with_scale_factor(settings["model"], weights)}
+    params = settings.get("params")
+    if not isinstance(params, Mapping) or not params.get("scale_by_std"):
+        return dict(settings)
+    weights = Path(weights)
+    tensors = open_weights(weights) if weights.is_dir() else WeightsFile(weights)
+    if "scale_factor" not in tensors:
+        raise UnsupportedOption(
+            f"the settings say scale_by_std, so {weights} must hold scale_factor, and does not"
+        )
+    factor = float(tensors["scale_factor"])
+    return {**settings, "params": {**params, "scale_factor": factor, "scale_by_std": False}}
+
+
+def read_values(path: str | PathLike) -> dict[str, Any]:
+    """The plain values of a YAML or JSON file; see `read_settings`.
+
+    Raises:
+      UnsupportedOption: if it is not a mapping, or longer than 1 MiB.
+      ImportError: if it is YAML and PyYAML is not installed.
+    """
     path = Path(path)
     if path.stat().st_size > MAX_BYTES:
         raise UnsupportedOption(f"{path} is longer than {MAX_BYTES} bytes, expected settings")
-    settings = _parse(path.read_text(encoding="utf-8"), path)
-    if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
-        raise UnsupportedOption(f"{path} must be a mapping with a mapping 'model'")
-    model = settings["model"]
-    params = model.get("params") or {}
-    if params.get("scale_by_std") and weights is not None:
-        tensors = WeightsFile(weights)
-        if "scale_factor" not in tensors:
-            raise UnsupportedOption(
-                f"{path} says scale_by_std, so {weights} must hold scale_factor, and does not"
-            )
-        factor = float(tensors["scale_factor"])
-        model = {**model, "params": {**params, "scale_factor": factor, "scale_by_std": False}}
-    return {"_class_name": LATENT_DIFFUSION_CLASS, **settings, "model": model}
+    try:
+        values = _parse(path.read_text(encoding="utf-8"), path)
+    except UnicodeDecodeError as error:
+        raise UnsupportedOption(f"{path} is neither JSON nor plain YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UnsupportedOption(f"{path} must be a mapping of options, got {values!r:.80}")
+    return values
 
 
 def _parse(text: str, path: Path) -> Any:

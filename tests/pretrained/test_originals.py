@@ -9,9 +9,10 @@ import pytest
 from diffusion_jax.io.mapping import MappingError, convert, export
 from diffusion_jax.io.safetensors import write_safetensors
 from diffusion_jax.io.tables.compvis import compvis_unet_config, with_averages
+from diffusion_jax.io.tables.latent_diffusion import OPEN_CLIPS
 from diffusion_jax.io.tables.options import UnsupportedOption
-from diffusion_jax.models.clip import CLIPTextConfig
-from diffusion_jax.pretrained import from_pretrained, read_settings
+from diffusion_jax.models.clip import CLIP_TEXT_TOWERS, CLIPTextConfig
+from diffusion_jax.pretrained import COMPONENTS, from_pretrained, read_settings
 from diffusion_jax.pretrained.components.compvis import COMPVIS_UNET, LATENT_DIFFUSION
 from diffusion_jax.pretrained.components.openai import GUIDED_DIFFUSION
 
@@ -168,6 +169,31 @@ def test_a_whole_latent_diffusion_goes_there_and_back(name):
     if text:
         rows = 3 if name == "classes" else 9
         assert tensors[f"cond_stage_model.{found[name]}"].shape == (rows, 12)
+
+
+@pytest.mark.parametrize("name, options", [
+    ("AutoencoderKL", {"embed_dim": 4, "ddconfig": VAE}),
+    ("VQModel", {"embed_dim": 6, "n_embed": 5, "ddconfig": {**VAE, "double_z": False}}),
+])  # fmt: skip
+def test_an_autoencoder_alone_goes_there_and_back(name, options):
+    target = f"ldm.models.autoencoder.{name}"
+    component = COMPONENTS[target]
+    tensors = there_and_back(component, {"model": {"target": target, "params": options}})
+    assert tensors["decoder.up.1.block.0.conv1.weight"].shape == (64, 64, 3, 3)
+    assert ("quantize.embedding.weight" in tensors) == (name == "VQModel")
+
+
+def test_the_text_encoder_of_stable_diffusion_2_keeps_its_original_names(monkeypatch):
+    options = settings(SMALL, encoder("FrozenOpenCLIPEmbedder", {"layer": "penultimate"}))
+    config = LATENT_DIFFUSION.read(options)
+    assert config.text == CLIP_TEXT_TOWERS["openclip_vit_h_14"] and config.text_skip == 1
+    tiny = {"vocab_size": 9, "length": 5, "width": 12, "num_layers": 2, "num_heads": 2,
+            "mlp_width": 20, "activation": "gelu", "end_id": None, "projection": 4}  # fmt: skip
+    monkeypatch.setitem(OPEN_CLIPS, "ViT-H-14", tiny)
+    tensors = there_and_back(LATENT_DIFFUSION, options)
+    block = "cond_stage_model.model.transformer.resblocks.1."
+    assert tensors[block + "attn.in_proj_weight"].shape == (36, 12)
+    assert tensors["cond_stage_model.model.text_projection"].shape == (12, 4)
 
 
 def test_settings_say_the_schedule_the_factor_and_the_prediction():

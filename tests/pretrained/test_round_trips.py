@@ -118,6 +118,13 @@ LATENT_DIFFUSION = {
     }
 }
 
+
+def first_stage(name, **codes):
+    ddconfig = {**FIRST_STAGE, "double_z": not codes}
+    params = {"embed_dim": 4, "ddconfig": ddconfig, **codes}
+    return {"model": {"target": f"ldm.models.autoencoder.{name}", "params": params}}
+
+
 # Class -> what its config.json may say, as small as it gets.
 CONFIGS = {
     "UNet2DModel": {
@@ -193,6 +200,9 @@ CONFIGS = {
     "glide_text2im.text2im_model.SuperResInpaintText2ImUnet": GLIDE,
     "ldm.modules.diffusionmodules.openaimodel.UNetModel": COMPVIS_UNET,
     "ldm.models.diffusion.ddpm.LatentDiffusion": LATENT_DIFFUSION,
+    "ldm.models.autoencoder.AutoencoderKL": first_stage("AutoencoderKL"),
+    "ldm.models.autoencoder.VQModel": first_stage("VQModel", n_embed=5),
+    "ldm.models.autoencoder.VQModelInterface": first_stage("VQModelInterface", n_embed=5),
     "gligen.ldm.modules.diffusionmodules.openaimodel.UNetModel": GLIGEN,
 }
 # Classes that hold more than is read, or are older names, and what they are written as.

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from diffusion_jax.io.tables.autoencoder import COMPVIS_IGNORE, compvis_kl_config, compvis_vq_config
-from diffusion_jax.io.tables.clip import POSITION_IDS, clip_text_config
+from diffusion_jax.io.tables.clip import ORIGINAL_IGNORED, POSITION_IDS, clip_text_config
 from diffusion_jax.io.tables.compvis import UNET, compvis_unet_config
 from diffusion_jax.io.tables.ldm_bert import bert_embedder_config
-from diffusion_jax.io.tables.options import UnsupportedOption, complete
+from diffusion_jax.io.tables.options import UnsupportedOption, complete, require
 from diffusion_jax.io.tables.unet_blocks import UNetForm
 
 # What precedes the names of the parts in a file.
@@ -36,7 +36,8 @@ IGNORED = (
     "scale_factor",
     f"{EMA_PREFIX}*",
     *(f"{FIRST_STAGE_PREFIX}{name}" for name in COMPVIS_IGNORE),
-    *(f"{TEXT_PREFIX}{name}" for name in POSITION_IDS),
+    *(f"{TEXT_PREFIX}{name}" for name in (*POSITION_IDS, *ORIGINAL_IGNORED)),
+    f"{TEXT_PREFIX}model.logit_scale",
 )
 
 
@@ -44,12 +45,14 @@ class Part(NamedTuple):
     """A part of a latent diffusion.
 
     Attributes:
-      kind: of first stage "kl" or "vq", of text encoder "clip", "bert" or "class".
+      kind: of first stage "kl" or "vq", of text encoder "clip", "open_clip", "bert" or "class".
       fields: of our configuration, as plain values.
+      skip: blocks of a text encoder that its tokens leave out; 1 for the penultimate layer.
     """
 
     kind: str
     fields: dict[str, Any]
+    skip: int = 0
 
 
 class LatentDiffusion(NamedTuple):
@@ -115,6 +118,20 @@ CLIP_VERSIONS: Mapping[str, Mapping[str, Any]] = {
         "hidden_act": "quick_gelu",
     }
 }
+# What FrozenOpenCLIPEmbedder makes by this name: fields of our CLIPTextConfig.
+OPEN_CLIPS: Mapping[str, Mapping[str, Any]] = {
+    "ViT-H-14": {
+        "vocab_size": 49408,
+        "length": 77,
+        "width": 1024,
+        "num_layers": 24,
+        "num_heads": 16,
+        "mlp_width": 4096,
+        "activation": "gelu",
+        "end_id": None,
+        "projection": 1024,
+    }
+}
 _CLIP_ARGUMENTS = ("device", "max_length", "freeze", "n_repeat")
 
 
@@ -167,6 +184,20 @@ def _clip(params: Mapping[str, Any]) -> Part:
     return Part("clip", clip_text_config(CLIP_VERSIONS[full["version"]], projection=False))
 
 
+def _open_clip(params: Mapping[str, Any]) -> Part:
+    defaults = {
+        **dict.fromkeys(_CLIP_ARGUMENTS),
+        "arch": next(iter(OPEN_CLIPS)),
+        # Which weights of that architecture; they are in the file.
+        "version": None,
+        "layer": "last",
+    }
+    owner = "FrozenOpenCLIPEmbedder"
+    full = complete(params, defaults, owner)
+    require(full, {"arch": tuple(OPEN_CLIPS), "layer": ("last", "penultimate")}, owner)
+    return Part("open_clip", dict(OPEN_CLIPS[full["arch"]]), int(full["layer"] == "penultimate"))
+
+
 def _bert(params: Mapping[str, Any]) -> Part:
     return Part("bert", bert_embedder_config(params))
 
@@ -179,6 +210,7 @@ def _classes(params: Mapping[str, Any]) -> Part:
 
 _TEXTS: Mapping[str, Callable[[Mapping[str, Any]], Part]] = {
     "FrozenCLIPEmbedder": _clip,
+    "FrozenOpenCLIPEmbedder": _open_clip,
     "BERTEmbedder": _bert,
     "ClassEmbedder": _classes,
 }
@@ -201,15 +233,8 @@ def _text(config: Any) -> Part | None:
     return _TEXTS[name](params)
 
 
-def latent_diffusion_params(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of LatentDiffusion in a file of settings.
-
-    Args:
-      config: the parsed YAML or JSON, with "model" at its top, or what "model" says.
-
-    Raises:
-      UnsupportedOption: if it is no configuration of a LatentDiffusion.
-    """
+def _model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(target, params) of the model in a file of settings."""
     given = {key: value for key, value in config.items() if not key.startswith("_")}
     if "model" in given:
         unknown = sorted(set(given) - {"model", *_BESIDE})
@@ -218,25 +243,41 @@ def latent_diffusion_params(config: Mapping[str, Any]) -> dict[str, Any]:
                 f"a file of settings has model, {' and '.join(_BESIDE)}, got {unknown} as well"
             )
         given = given["model"]
-    target, params = _target(given, "model")
-    if target.rpartition(".")[2] not in CLASSES:
-        raise UnsupportedOption(
-            f"the target of model must be {' or '.join(CLASSES)} of ldm.models.diffusion.ddpm, "
-            f"got {target}"
-        )
-    return params
+    return _target(given, "model")
+
+
+def first_stage_config(config: Mapping[str, Any]) -> Part:
+    """Translates the settings of an autoencoder that was released alone.
+
+    Args:
+      config: the parsed YAML or JSON, with "model" at its top, or what "model" says.
+
+    Raises:
+      UnsupportedOption: naming the option and the value that is not computed here.
+    """
+    target, params = _model(config)
+    part = _first_stage({"target": target, "params": params}, 1.0)
+    if part is None:
+        raise UnsupportedOption(f"the target of model must be an autoencoder, got {target}")
+    return part
 
 
 def latent_diffusion_config(config: Mapping[str, Any]) -> LatentDiffusion:
     """Translates the settings of a LatentDiffusion.
 
     Args:
-      config: as of `latent_diffusion_params`.
+      config: the parsed YAML or JSON, with "model" at its top, or what "model" says.
 
     Raises:
       UnsupportedOption: naming the part, the option and the value that is not computed here.
     """
-    full = complete(latent_diffusion_params(config), _DEFAULTS, "LatentDiffusion")
+    target, params = _model(config)
+    if target.rpartition(".")[2] not in CLASSES:
+        raise UnsupportedOption(
+            f"the target of model must be {' or '.join(CLASSES)} of ldm.models.diffusion.ddpm, "
+            f"got {target}"
+        )
+    full = complete(params, _DEFAULTS, "LatentDiffusion")
     if full["given_betas"] is not None:
         raise UnsupportedOption("given_betas of LatentDiffusion must be None")
     if full["scale_by_std"]:
@@ -260,8 +301,3 @@ def latent_diffusion_config(config: Mapping[str, Any]) -> LatentDiffusion:
         {name: full[name] for name in schedule},
         _PREDICTIONS[full["parameterization"]],
     )
-
-
-def unet_params(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the UNetModel in the settings of a LatentDiffusion."""
-    return _target(latent_diffusion_params(config).get("unet_config"), "unet_config")[1]

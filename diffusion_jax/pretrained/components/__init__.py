@@ -11,6 +11,7 @@ from diffusion_jax.pretrained.components.base import Component
 from diffusion_jax.pretrained.components.clip_image_projection import CLIP_IMAGE_PROJECTION
 from diffusion_jax.pretrained.components.compvis import (
     COMPVIS_UNET,
+    FIRST_STAGES,
     LATENT_DIFFUSION,
     LATENT_DIFFUSION_CLASS,
     UNET_CLASS,
@@ -23,7 +24,18 @@ from diffusion_jax.pretrained.components.openai import GUIDED_DIFFUSION
 from diffusion_jax.pretrained.components.prior import CLIP_PROJECTION, PRIOR
 from diffusion_jax.pretrained.components.unet import UNET2D, UNET2D_CONDITION
 
-__all__ = ["COMPONENTS", "Component"]
+__all__ = ["COMPONENTS", "ORIGINALS", "Component"]
+
+# Layouts of the code that came with a paper, whose files hold weights and no config.json. Keys are
+# the full names of its classes.
+ORIGINALS: Mapping[str, Component] = {
+    **GUIDED_DIFFUSION,
+    **GLIDE,
+    UNET_CLASS: COMPVIS_UNET,
+    LATENT_DIFFUSION_CLASS: LATENT_DIFFUSION,
+    **FIRST_STAGES,
+    GLIGEN_CLASS: GLIGEN_UNET,
+}
 
 # Keys are what `_class_name` of a diffusers config.json and `architectures` of a transformers
 # config.json say. One row per class; no string of a file becomes code outside this table.
@@ -39,10 +51,5 @@ COMPONENTS: Mapping[str, Component] = {
     "DiTTransformer2DModel": DIT,
     "Transformer2DModel": DIT,
     **ENCODERS,
-    # Original layouts, by the full names of the original classes.
-    **GUIDED_DIFFUSION,
-    **GLIDE,
-    UNET_CLASS: COMPVIS_UNET,
-    LATENT_DIFFUSION_CLASS: LATENT_DIFFUSION,
-    GLIGEN_CLASS: GLIGEN_UNET,
+    **ORIGINALS,
 }

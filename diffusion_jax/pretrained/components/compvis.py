@@ -1,6 +1,7 @@
 """The original latent diffusion: its UNet, and a whole file of it, read and written as ours."""
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,8 @@ from diffusion_jax.configuration import to_dict
 from diffusion_jax.core.schedules import DiscreteSchedule
 from diffusion_jax.core.types import Params
 from diffusion_jax.io.mapping import Row, prefixed
-from diffusion_jax.io.tables.autoencoder import compvis_autoencoder_rows
-from diffusion_jax.io.tables.clip import clip_text_rows
+from diffusion_jax.io.tables.autoencoder import COMPVIS_IGNORE, compvis_autoencoder_rows
+from diffusion_jax.io.tables.clip import OPEN_CLIP_TEXT_ROWS, clip_text_rows
 from diffusion_jax.io.tables.compvis import (
     LABEL_ROWS,
     UNET,
@@ -27,15 +28,16 @@ from diffusion_jax.io.tables.latent_diffusion import (
     TEXT_PREFIX,
     UNET_PREFIX,
     Part,
+    first_stage_config,
     latent_diffusion_config,
 )
 from diffusion_jax.io.tables.ldm_bert import bert_embedder_rows
-from diffusion_jax.models.autoencoder import AutoencoderKLConfig
+from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.clip import CLIPTextConfig
 from diffusion_jax.models.inputs import DType
 from diffusion_jax.models.ldm_bert import LDMBertConfig
 from diffusion_jax.models.pre_norm import TokenEmbed
-from diffusion_jax.models.vq import VQModelConfig
+from diffusion_jax.models.vq import VQModel, VQModelConfig
 from diffusion_jax.pretrained.components.autoencoder import autoencoder_shapes, with_levels
 from diffusion_jax.pretrained.components.base import Component
 from diffusion_jax.pretrained.components.encoders import text_shapes
@@ -117,6 +119,8 @@ class LatentDiffusionConfig:
       text: what makes the network's tokens; None without.
       schedule: of the noise.
       prediction: what the network says: "eps", "x0" or "v".
+      text_skip: blocks of the text encoder that the tokens leave out, an argument of CLIP's tower.
+      text_names: layout of the text encoder's names: "clip", "open_clip", "bert" or "class".
       settings: as they were read, and are written.
     """
 
@@ -125,6 +129,8 @@ class LatentDiffusionConfig:
     text: CLIPTextConfig | LDMBertConfig | ClassTokensConfig | None
     schedule: DiscreteSchedule
     prediction: str
+    text_skip: int
+    text_names: str | None
     settings: Mapping[str, Any]
 
     def parts(self) -> dict[str, Any]:
@@ -145,9 +151,31 @@ class LatentDiffusionConfig:
         return {name: config.build(**types) for name, config in self.parts().items()}
 
 
-def _first_stage(part: Part | None) -> AutoencoderKLConfig | VQModelConfig | None:
-    if part is None:
-        return None
+@dataclasses.dataclass(frozen=True)
+class FirstStageConfig:
+    """An autoencoder that was released alone.
+
+    Attributes:
+      network: the autoencoder.
+      settings: as they were read, and are written.
+    """
+
+    network: AutoencoderKLConfig | VQModelConfig
+    settings: Mapping[str, Any]
+
+    def build(
+        self, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32
+    ) -> AutoencoderKL | VQModel:
+        """The autoencoder, computing in `dtype` with parameters of `param_dtype`.
+
+        Args:
+          dtype: of the activations, a dtype or its name.
+          param_dtype: of the parameters, a dtype or its name.
+        """
+        return self.network.build(dtype=dtype, param_dtype=param_dtype)
+
+
+def _first_stage(part: Part) -> AutoencoderKLConfig | VQModelConfig:
     made = {"kl": AutoencoderKLConfig, "vq": VQModelConfig}[part.kind]
     return made(**with_levels(part.fields))
 
@@ -155,8 +183,22 @@ def _first_stage(part: Part | None) -> AutoencoderKLConfig | VQModelConfig | Non
 def _text(part: Part | None) -> CLIPTextConfig | LDMBertConfig | ClassTokensConfig | None:
     if part is None:
         return None
-    kinds = {"clip": CLIPTextConfig, "bert": LDMBertConfig, "class": ClassTokensConfig}
+    kinds = {
+        "clip": CLIPTextConfig,
+        "open_clip": CLIPTextConfig,
+        "bert": LDMBertConfig,
+        "class": ClassTokensConfig,
+    }
     return kinds[part.kind](**part.fields)
+
+
+def _without_metadata(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if not key.startswith("_")}
+
+
+def _read_first_stage(settings: Mapping[str, Any]) -> FirstStageConfig:
+    network = _first_stage(first_stage_config(settings))
+    return FirstStageConfig(network, _without_metadata(settings))
 
 
 def latent_diffusion(settings: Mapping[str, Any]) -> LatentDiffusionConfig:
@@ -171,11 +213,13 @@ def latent_diffusion(settings: Mapping[str, Any]) -> LatentDiffusionConfig:
     form = latent_diffusion_config(settings)
     return LatentDiffusionConfig(
         unet_config(form.unet),
-        _first_stage(form.first_stage),
+        None if form.first_stage is None else _first_stage(form.first_stage),
         _text(form.text),
         noise_schedule(**form.schedule),
         form.prediction,
-        {key: value for key, value in settings.items() if not key.startswith("_")},
+        0 if form.text is None else form.text.skip,
+        None if form.text is None else form.text.kind,
+        _without_metadata(settings),
     )
 
 
@@ -184,11 +228,13 @@ def _shapes(config: LatentDiffusionConfig) -> Params:
     return {name: shapes[name](part) for name, part in config.parts().items()}
 
 
-def _text_rows(config: Any, names: Collection[str]) -> Sequence[Row]:
-    if isinstance(config, LDMBertConfig):
-        return bert_embedder_rows(config.num_layers)
-    if isinstance(config, ClassTokensConfig):
+def _text_rows(config: LatentDiffusionConfig, names: Collection[str]) -> Sequence[Row]:
+    if isinstance(config.text, LDMBertConfig):
+        return bert_embedder_rows(config.text.num_layers)
+    if isinstance(config.text, ClassTokensConfig):
         return (Row("embedding.weight", "embedding", "param"),)
+    if config.text_names == "open_clip":
+        return prefixed(OPEN_CLIP_TEXT_ROWS, source="model.")
     prefix = TEXT_PREFIX + "transformer."
     below = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     return prefixed(clip_text_rows(below), source="transformer.")
@@ -200,15 +246,33 @@ def _all_rows(config: LatentDiffusionConfig, names: Collection[str]) -> tuple[Ro
         first_stage = compvis_autoencoder_rows(len(config.first_stage.levels))
         rows += prefixed(first_stage, source=FIRST_STAGE_PREFIX, target="first_stage/")
     if config.text is not None:
-        rows += prefixed(_text_rows(config.text, names), source=TEXT_PREFIX, target="text/")
+        rows += prefixed(_text_rows(config, names), source=TEXT_PREFIX, target="text/")
     return rows
+
+
+def _write_settings(
+    config: LatentDiffusionConfig | FirstStageConfig, *, class_name: str
+) -> dict[str, Any]:
+    return {"_class_name": class_name, **to_dict(config.settings)}
 
 
 LATENT_DIFFUSION = Component(
     read=latent_diffusion,
-    write=lambda config: {"_class_name": LATENT_DIFFUSION_CLASS, **to_dict(config.settings)},
+    write=functools.partial(_write_settings, class_name=LATENT_DIFFUSION_CLASS),
     shapes=_shapes,
     rows=_all_rows,
     ignore=IGNORED,
     averages=with_averages,
 )
+
+# By the names of the original classes.
+FIRST_STAGES: Mapping[str, Component] = {
+    f"ldm.models.autoencoder.{name}": Component(
+        read=_read_first_stage,
+        write=functools.partial(_write_settings, class_name=f"ldm.models.autoencoder.{name}"),
+        shapes=lambda config: autoencoder_shapes(config.network),
+        rows=lambda config, names: compvis_autoencoder_rows(len(config.network.levels)),
+        ignore=COMPVIS_IGNORE,
+    )
+    for name in ("AutoencoderKL", "VQModel", "VQModelInterface")
+}
