@@ -231,13 +231,25 @@ class WeightsFile(Mapping[str, np.ndarray]):
             except _Invalid as error:
                 raise WeightsFileError(f"{self.path}: {error}{_hint(file)}") from error
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._seen = 0, 0
 
     def __getitem__(self, name: str) -> np.ndarray:
         dtype, shape, start = spec = self.specs[name]
         if spec.nbytes == 0:
             return np.empty(shape, dtype)
+        self._forget()
+        self._seen = start, start + spec.nbytes
         flat = np.frombuffer(self._map, dtype, count=math.prod(shape), offset=start)
         return flat.reshape(shape)
+
+    def _forget(self) -> None:
+        """Gives back the memory of the tensor before, which the file still has if it is asked for.
+
+        A process that reads tensor by tensor would else grow by the whole file.
+        """
+        if hasattr(mmap, "MADV_DONTNEED"):
+            start = self._seen[0] // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, start, self._seen[1] - start)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
