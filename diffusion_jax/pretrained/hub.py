@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffusion_jax.io.safetensors import WeightsFileError
@@ -80,32 +80,6 @@ def fetch_small(repository: str, revision: str | None = None) -> Path:
     return folder
 
 
-def fetch_weights(
-    repository: str, folder: Path, parts: Sequence[str], *, variant: str | None = None
-) -> None:
-    """Adds the weights of some parts to a folder of `fetch_small`.
-
-    Args:
-      repository: its id.
-      folder: what `fetch_small` gave.
-      parts: folders in it that have weights, "" for the root.
-      variant: which files; parts that do not have it get their plain ones.
-
-    Raises:
-      HubError: as `fetch_small`.
-      WeightsFileError: if an index names anything but safetensors files beside it.
-    """
-    commit = _commit(folder)
-    names = {part: _weight_files(folder, part, variant) for part in parts}
-    _fetch(repository, commit, sum(names.values(), []))
-    lacking = [
-        part for part, files in names.items() if not any((folder / file).exists() for file in files)
-    ]
-    if variant is not None and lacking:
-        plain = [_weight_files(folder, part, None) for part in lacking]
-        _fetch(repository, commit, sum(plain, []))
-
-
 def fetch_file(repository: str, name: str, revision: str | None = None) -> Path:
     """Fetches one safetensors file of a repository, and prints its commit.
 
@@ -131,6 +105,45 @@ def fetch_file(repository: str, name: str, revision: str | None = None) -> Path:
             "lists them"
         )
     return folder / name
+
+
+def fetch_weights(
+    repository: str, folder: Path, parts: Sequence[str], *, variant: str | None = None
+) -> None:
+    """Adds the weights of some parts to a folder of `fetch_small`.
+
+    Args:
+      repository: its id.
+      folder: what `fetch_small` gave.
+      parts: folders in it that have weights, "" for the root.
+      variant: which files; parts that do not have it get their plain ones.
+
+    Raises:
+      HubError: as `fetch_small`.
+      WeightsFileError: if a part has no safetensors, or an index names anything but safetensors
+        files beside it.
+    """
+    commit = _commit(folder)
+    names = {part: _weight_files(folder, part, variant) for part in parts}
+    _fetch(repository, commit, sum(names.values(), []))
+    if variant is not None and (lacking := _lacking(folder, names)):
+        plain = {part: _weight_files(folder, part, None) for part in lacking}
+        _fetch(repository, commit, sum(plain.values(), []))
+        names |= plain
+    if lacking := _lacking(folder, names):
+        where = ", ".join(part or "its root" for part in lacking)
+        raise WeightsFileError(
+            f"{repository} has no safetensors in {where}; if it has pickled weights, .bin or "
+            f".ckpt, fetch those (hf download {repository}) and convert them, where torch is "
+            "installed: diffusion-jax convert FILE OUT"
+        )
+
+
+def _lacking(folder: Path, names: Mapping[str, Sequence[str]]) -> list[str]:
+    """Parts of which no file is there."""
+    return [
+        part for part, files in names.items() if not any((folder / file).exists() for file in files)
+    ]
 
 
 def _commit(folder: Path) -> str | None:

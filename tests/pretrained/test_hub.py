@@ -9,7 +9,13 @@ import pytest
 from huggingface_hub import errors
 
 from diffusion_jax.io.safetensors import WeightsFileError
-from diffusion_jax.pretrained import HubError, Pipeline, from_pretrained, save_pretrained
+from diffusion_jax.pretrained import (
+    HubError,
+    Pipeline,
+    from_config,
+    from_pretrained,
+    save_pretrained,
+)
 from tests.pretrained.toys import add_toys, toy
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -79,6 +85,22 @@ def test_a_pipeline_asks_for_the_weights_of_its_parts_only(hub):
     assert not (cache / "unet/diffusion_pytorch_model-00001-of-00003.safetensors").exists()
 
 
+def test_an_old_pipeline_lies_in_one_folder(hub):
+    """As the first pipelines on the hub: config.json beside model_index.json."""
+    remote, asked, _ = hub
+    scheduler = from_config({"_class_name": "DDPMScheduler"})
+    save_pretrained(Pipeline("ToyPipeline", {"unet": toy(), "scheduler": scheduler}), remote)
+    for path in [*(remote / "unet").iterdir(), *(remote / "scheduler").iterdir()]:
+        path.rename(remote / path.name)
+    for name in ("unet", "scheduler"):
+        (remote / name).rmdir()
+    for folder in ("owner/toy", remote):
+        read = from_pretrained(folder)
+        same(read["unet"], toy())
+        assert read["scheduler"] == scheduler
+    assert asked[1][2] == ["diffusion_pytorch_model.safetensors", "model.safetensors"]
+
+
 def test_an_index_of_the_hub_names_files_beside_it_only(hub):
     remote, asked, _ = hub
     save_pretrained(toy(), remote, max_shard_size=100)
@@ -94,7 +116,7 @@ def test_a_repository_without_safetensors_is_refused(hub):
     remote, _, _ = hub
     save_pretrained(toy(), remote)
     (remote / "diffusion_pytorch_model.safetensors").rename(remote / "pytorch_model.bin")
-    with pytest.raises(WeightsFileError, match="no weights"):
+    with pytest.raises(WeightsFileError, match=r"no safetensors in its root; .*hf download owner"):
         from_pretrained("owner/toy")
 
 
