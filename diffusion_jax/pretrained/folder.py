@@ -23,6 +23,7 @@ from diffusion_jax.pretrained.pipelines import (
     Pipeline,
     load_pipeline,
     load_scheduler,
+    part_folder,
     parts_with_weights,
     save_pipeline,
     save_scheduler,
@@ -143,8 +144,9 @@ def from_pretrained(
         if name not in _OPTIONS[what]:
             raise ValueError(f"{name} has no meaning for {path}, which holds a {what}")
     if repository and what in ("pipeline", "network", "network without config.json"):
-        parts = parts_with_weights(path) if what == "pipeline" else [""]
-        below = [f"{subfolder}/{part}".strip("/") if subfolder else part for part in parts]
+        names = parts_with_weights(path) if what == "pipeline" else []
+        parts = [part_folder(path, name) for name in names] if what == "pipeline" else [path]
+        below = [part.relative_to(root).as_posix().removeprefix(".") for part in parts]
         fetch_weights(repository, root, below, variant=variant)
     if what == "pipeline":
         return load_pipeline(path, **options)

@@ -12,6 +12,7 @@ from diffusion_jax.io.files import write_text
 from diffusion_jax.io.safetensors import WeightsFileError
 from diffusion_jax.io.shards import DEFAULT_SHARD_BYTES, open_weights, read_json
 from diffusion_jax.pretrained.networks import (
+    CONFIG,
     Loaded,
     Shardings,
     component_of,
@@ -127,6 +128,12 @@ def parts_with_weights(folder: Path) -> list[str]:
     return found
 
 
+def part_folder(folder: Path, name: str) -> Path:
+    """Where a part of a pipeline lies: in its own folder, in old pipelines beside the index."""
+    together = any((folder / config).exists() for config in (CONFIG, SCHEDULER_CONFIG))
+    return folder if together and not (folder / name).is_dir() else folder / name
+
+
 def load_scheduler(folder: Path) -> Scheduler:
     """Reads a folder with scheduler_config.json."""
     path = folder / SCHEDULER_CONFIG
@@ -168,9 +175,9 @@ def load_pipeline(
     """Reads a folder with model_index.json; see `from_pretrained`."""
     class_name, entries, options = _entries(folder)
     networks = parts_with_weights(folder)
-    variants = {name: _variant_of(folder / name, variant) for name in networks}
+    variants = {name: _variant_of(part_folder(folder, name), variant) for name in networks}
     if variant is not None and networks and not any(variants.values()):
-        open_weights(folder / networks[0], variant=variant)
+        open_weights(part_folder(folder, networks[0]), variant=variant)
     if isinstance(shardings, Mapping) and (unknown := sorted(set(shardings) - set(networks))):
         raise ValueError(f"shardings of {unknown}, but the networks are {networks}")
     parts: dict[str, Any] = {}
@@ -180,10 +187,10 @@ def load_pipeline(
         elif entry[1] in TOKENIZERS:
             parts[name] = load_tokenizer(folder, subfolder=name, length=token_length)
         elif is_scheduler(entry[1]):
-            parts[name] = load_scheduler(folder / name)
+            parts[name] = load_scheduler(part_folder(folder, name))
         else:
             parts[name] = load_network(
-                folder / name,
+                part_folder(folder, name),
                 class_name=entry[1],
                 dtype=dtype,
                 variant=variants[name],
