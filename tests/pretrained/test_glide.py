@@ -95,6 +95,10 @@ def test_queries_of_the_way_up_are_cut_by_its_own_heads():
         for name, count in (("query", 3), ("text_key", 2)):
             share = rows[f"network/{part}/attention/{name}"].share
             assert (share.groups, share.count) == (heads, count)
+    # In the text encoder, too, each head's queries, keys and values lie together.
+    shares = [rows[f"conditioner/text/block_{{i}}/attention/{name}"].share
+              for name in ("query", "key", "value")]  # fmt: skip
+    assert shares == [(i, 3, BASE["xf_heads"]) for i in range(3)]
 
 
 def test_released_arguments_are_our_released_configurations():
