@@ -15,8 +15,13 @@ from diffusion_jax.io.tables.openai import (
 from diffusion_jax.io.tables.unet import UnsupportedOption
 from diffusion_jax.models import adm_classifier, adm_unet, adm_upsampler
 from diffusion_jax.models.attention import Attention
-from tests.parity.denoisers import expected_params, unet_config
-from tests.parity.originals import classifier_config, expected_classifier_params, unet_table
+from tests.parity.originals import (
+    classifier_config,
+    expected_classifier_params,
+    expected_params,
+    unet_config,
+    unet_table,
+)
 
 BASE = {
     "image_size": 4,
