@@ -8,7 +8,7 @@ import pytest
 
 from diffusion_jax.io.mapping import MappingError, convert, export
 from diffusion_jax.io.safetensors import write_safetensors
-from diffusion_jax.io.tables.compvis import compvis_unet_config, with_averages
+from diffusion_jax.io.tables.compvis import compvis_unet_config, compvis_unet_rows, with_averages
 from diffusion_jax.io.tables.latent_diffusion import OPEN_CLIPS
 from diffusion_jax.io.tables.options import UnsupportedOption
 from diffusion_jax.models.clip import CLIP_TEXT_TOWERS, CLIPTextConfig
@@ -149,9 +149,10 @@ def test_heads_of_latent_diffusion_are_those_of_its_constructor():
     # Without legacy the way up is given heads of a width, and their number goes unread.
     assert up(num_heads=2, num_heads_upsample=4) == 4
     assert up(num_heads=2, num_heads_upsample=4, legacy=False) is None
-    config = COMPVIS_UNET.read({**BASE, "num_heads": 2, "num_heads_upsample": 4, "legacy": False})
-    rows = {row.target: row for row in COMPVIS_UNET.rows(config, ())}
-    assert rows["network/up_0/attn_0/attention/query"].share.groups == 2
+    for legacy, heads_up in ((True, 4), (False, 2)):
+        options = {**BASE, "num_heads": 2, "num_heads_upsample": 4, "legacy": legacy}
+        rows = {row.target: row for row in compvis_unet_rows(options)}
+        assert rows["up_0/attn_0/attention/query"].share.groups == heads_up
 
 
 @pytest.mark.parametrize("name", WHOLE)
