@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.models import autoencoder
-from tests.parity.priors import load
+from tests.parity import layouts
 
 Outputs = dict[str, np.ndarray]
 
@@ -24,7 +24,7 @@ def run(case: Mapping[str, Any], folder: Path) -> Outputs | None:
     }
     if case["class"] not in handlers or case.get("checkpoint_format") != "diffusers":
         return None
-    loaded = load(folder / case["checkpoint"])
+    loaded = layouts.load(case, folder)
     config, module, params = loaded.config, loaded.module, loaded.params
 
     def apply(method: str, *args: Any, **kwargs: Any) -> Any:

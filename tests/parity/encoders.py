@@ -12,7 +12,7 @@ from diffusion_jax.io.mapping import convert, prefixed
 from diffusion_jax.io.tables.ldm_bert import bert_embedder_config, bert_embedder_rows
 from diffusion_jax.models.ldm_bert import LDMBertConfig
 from diffusion_jax.pretrained.components.encoders import ENCODERS, LDM_BERT
-from diffusion_jax.pretrained.networks import load_network
+from tests.parity import layouts
 
 EMBEDDER = "ldm.modules.encoders.modules.BERTEmbedder"
 EMBEDDER_PREFIX = "cond_stage_model."
@@ -28,7 +28,7 @@ def run(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | None:
     name = case.get("class", "").rpartition(".")[2]
     if case.get("checkpoint_format") != "transformers" or name not in CLASSES:
         return None
-    loaded = load_network(folder / case["checkpoint"], class_name=name)
+    loaded = layouts.load(case, folder, class_name=name)
     return _outputs(case, folder, loaded.module, loaded.params)
 
 

@@ -11,13 +11,9 @@ import numpy as np
 from diffusion_jax.conditioners.clip_projection import clip_projection
 from diffusion_jax.core.condition import Condition
 from diffusion_jax.models.prior import restore_embedding
-from diffusion_jax.pretrained.networks import Loaded, load_network
+from diffusion_jax.pretrained.networks import Loaded
+from tests.parity import layouts
 from tests.parity.denoisers import calls
-
-
-def load(folder: Path) -> Loaded:
-    """The network in a folder that another library wrote, by the class that its files name."""
-    return load_network(folder)
 
 
 def run(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | None:
@@ -31,7 +27,7 @@ def run(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | None:
     name = case["class"].rsplit(".", 1)[-1]
     if name not in handlers or case.get("checkpoint_format") != "diffusers":
         return None
-    return handlers[name](case, folder, load(folder / case["checkpoint"]))
+    return handlers[name](case, folder, layouts.load(case, folder))
 
 
 def _times(arguments: dict[str, Any], batch: int) -> np.ndarray:
