@@ -20,10 +20,20 @@ from diffusion_jax.models.clip import (
     CLIPTextConfig,
     CLIPVisionConfig,
 )
+from diffusion_jax.models.convnext import ConvNeXtConfig
 from diffusion_jax.models.dit import DiT, DiTConfig
 from diffusion_jax.models.dit_sizes import latent_dit
 from diffusion_jax.models.embeddings import Fourier, Learned, Sinusoidal
 from diffusion_jax.models.first_stages import FIRST_STAGES
+from diffusion_jax.models.gated_attention import FUSERS
+from diffusion_jax.models.grounding import (
+    GROUNDINGS,
+    KeypointGroundingConfig,
+    MapDownsamplerConfig,
+    MapGroundingConfig,
+    TextGroundingConfig,
+    TextImageGroundingConfig,
+)
 from diffusion_jax.models.ldm_bert import LDMBertConfig
 from diffusion_jax.models.levels import LevelConfig
 from diffusion_jax.models.mlp import MLP, MLPConfig
@@ -43,6 +53,14 @@ CLASSIFIERS = {"unet": ClassifierConfig, "mlp": MLPClassifierConfig}
 ATTENTIONS = {"pixels": PixelAttention, "text": TextAttention, "transformer": SpatialTransformer}
 
 __all__ = [
+    "FUSERS",
+    "GROUNDINGS",
+    "ConvNeXtConfig",
+    "KeypointGroundingConfig",
+    "MapDownsamplerConfig",
+    "MapGroundingConfig",
+    "TextGroundingConfig",
+    "TextImageGroundingConfig",
     "ATTENTIONS",
     "CLASSIFIERS",
     "CLIP_TEXT_TOWERS",
