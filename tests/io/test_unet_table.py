@@ -104,6 +104,8 @@ FORMS = {
         "encoder_hid_dim": 5,
         "encoder_hid_dim_type": "text_image_proj",
         "addition_embed_type": "text_image",
+        # The inpainting network's file has it so.
+        "class_embeddings_concat": None,
     },
     "kandinsky 2.2": {
         **SD,

@@ -100,7 +100,7 @@ _SUPPORTED: Mapping[str, tuple] = {
     "resnet_skip_time_act": (False, True),
     "time_embedding_type": ("positional", "fourier"),
     "attention_type": ("default", "gated", "gated-text-image"),
-    "class_embeddings_concat": (False, True),
+    "class_embeddings_concat": (False, True, None),
     "mid_block_only_cross_attention": (None, False, True),
     "cross_attention_norm": (None, "layer_norm", "group_norm"),
 }
@@ -292,7 +292,7 @@ def _time(full: Mapping[str, Any]) -> dict[str, Any]:
         "time_features": features,
         "time_act_last": activation(full, "timestep_post_act"),
         "embed_act": activation(full, "time_embedding_act_fn"),
-        "concat_vector": full["class_embeddings_concat"],
+        "concat_vector": bool(full["class_embeddings_concat"]),
     }
 
 
