@@ -57,6 +57,10 @@ class Part(nn.Module):
         """Groups of this level's norms."""
         return None if self.resample == "pyramid" else self.config.norm_groups
 
+    def _heads(self, spec: TextAttention | SpatialTransformer) -> int:
+        says_nothing = spec.num_heads is spec.head_dim is None
+        return spec.heads(self.level.channels, self.num_heads() if says_nothing else 1)
+
     def _block(self, module: type[nn.Module]) -> type[nn.Module]:
         return nn.remat(module) if self.config.remat else module
 
@@ -101,16 +105,14 @@ class Part(nn.Module):
         if not spec:
             return h
         if isinstance(spec, SpatialTransformer):
-            heads = spec.num_heads or (
-                self.level.channels // spec.head_dim if spec.head_dim else self.num_heads()
-            )
             transformer = self._block(SpatialTransformerBlock)(
-                spec, heads, spec.depth_at(place), self.norm_groups, **options
+                spec, self._heads(spec), spec.depth_at(place), self.norm_groups, **options
             )
             return transformer(h, cond.tokens, cond.token_mask, cond.grounding)
         if isinstance(spec, TextAttention):
-            heads = spec.num_heads or spec.head_dim or self.num_heads()
-            text = self._block(TextAttentionBlock)(spec, heads, self.norm_groups, **options)
+            text = self._block(TextAttentionBlock)(
+                spec, self._heads(spec), self.norm_groups, **options
+            )
             return text(h, cond.tokens, cond.token_mask)
         spec = PixelAttention(self.num_heads()) if spec is True else spec
         pixels = self._block(AttentionBlock)(
@@ -270,7 +272,7 @@ def _check_size(x: Array, config: EncoderConfig) -> None:
         raise ValueError(f"x must be images of shape [B, H, W, C], got {x.shape}")
     factor = 2 ** (len(config.levels) - 1)
     # A convolution takes any size, and the way up takes that of the skip.
-    if all(config.resample_of(level) == "conv" for level in config.levels[:-1]):
+    if set(config.resamplings()) <= {"conv"}:
         return
     if x.shape[1] % factor or x.shape[2] % factor:
         raise ValueError(

@@ -164,8 +164,7 @@ class EncoderConfig:
                 raise ValueError(f"{name} must be one of {list(ACTIVATIONS)}, got {value!r}")
         self._check_resampling()
         self._check_middle()
-        for level in self.levels:
-            self.check_level(level)
+        self.check_levels(self.levels)
 
     def _check_resampling(self):
         if self.resample not in RESAMPLE:
@@ -196,28 +195,54 @@ class EncoderConfig:
                 f"got middle_blocks = {self.middle_blocks}; set middle_attention=False"
             )
         if self.middle is not None:
-            self.check_level(self.middle)
+            self.check_levels((self.middle,), places=1)
         if groups is not None and self.levels[-1].channels % groups:
             raise ValueError(
                 f"middle_attention_groups must divide {self.levels[-1].channels}, got {groups}"
             )
 
-    def check_level(self, level: LevelConfig) -> None:
-        """Raises ValueError if this network cannot have the level."""
-        if self.norm_groups is not None and level.channels % self.norm_groups:
-            if self.resample_of(level) != "pyramid":
+    def check_levels(
+        self, levels: tuple[LevelConfig, ...], *, places: int | None = None, more: int = 0
+    ) -> None:
+        """Raises ValueError if this network cannot have the levels.
+
+        Args:
+          levels: from the finest to the coarsest.
+          places: attentions of a level; None for one behind each residual block.
+          more: residual blocks that a level has beside its num_blocks.
+        """
+        pyramids = [self.resample_of(level) == "pyramid" for level in levels]
+        if sorted(pyramids, reverse=True) != pyramids:
+            raise ValueError(
+                "levels with resample='pyramid' must be the finest ones, since the image is handed "
+                f"from each to the next, got {[self.resample_of(level) for level in levels]}"
+            )
+        for level in levels:
+            self._check_width(level)
+            spec = level.attention
+            depth = getattr(spec, "depth", 1)
+            wanted = level.num_blocks + more if places is None else places
+            if isinstance(depth, tuple) and len(depth) != wanted:
                 raise ValueError(
-                    f"every width must be a multiple of norm_groups = {self.norm_groups}, "
-                    f"got channels = {level.channels}"
+                    f"depth must be one number or {wanted}, one behind each residual block, "
+                    f"got {depth}"
                 )
+
+    def _check_width(self, level: LevelConfig) -> None:
+        pyramid = self.resample_of(level) == "pyramid"
+        if self.norm_groups is not None and not pyramid and level.channels % self.norm_groups:
+            raise ValueError(
+                f"every width must be a multiple of norm_groups = {self.norm_groups}, "
+                f"got channels = {level.channels}"
+            )
         spec = level.attention
         if spec is True:
             self.heads(level.channels)
-        elif isinstance(spec, PixelAttention):
-            if spec.head_dim is None:
-                split_heads(level.channels, spec.num_heads, None)
-        elif isinstance(spec, TextAttention):
-            spec.heads(level.channels, self.num_heads or 1)
+        elif isinstance(spec, PixelAttention) and spec.head_dim is None:
+            split_heads(level.channels, spec.num_heads, None)
+        elif isinstance(spec, TextAttention | SpatialTransformer):
+            says_nothing = spec.num_heads is spec.head_dim is None
+            spec.heads(level.channels, self.heads(level.channels) if says_nothing else 1)
 
     @property
     def embed_dim(self) -> int:
@@ -246,6 +271,10 @@ class EncoderConfig:
     def resample_of(self, level: LevelConfig) -> str:
         """How a level changes the resolution."""
         return level.resample or self.resample
+
+    def resamplings(self) -> Iterator[str]:
+        """How the resolution is changed, every time that it is."""
+        return (self.resample_of(level) for level in self.levels[:-1])
 
     def all_levels(self) -> Iterator[LevelConfig]:
         """Every level, and the bottom."""

@@ -55,6 +55,24 @@ class SpatialTransformer:
         """Number of transformer blocks in the level's place number `index`."""
         return self.depth[index] if isinstance(self.depth, tuple) else self.depth
 
+    def heads(self, channels: int, num_heads: int) -> int:
+        """Number of heads at a width.
+
+        Args:
+          channels: width of the pixels.
+          num_heads: number of heads where this specification says nothing.
+
+        Raises:
+          ValueError: if the width is too small for a head.
+        """
+        number = channels // self.head_dim if self.head_dim else self.num_heads or num_heads
+        if not 1 <= number <= channels:
+            raise ValueError(
+                f"channels = {channels} cannot be split into heads with num_heads = {number}, "
+                f"head_dim = {self.head_dim}"
+            )
+        return number
+
 
 class TransformerBlock(nn.Module):
     """Attention of the pixels to each other, to the tokens, and a feed-forward network.

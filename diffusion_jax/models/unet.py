@@ -59,8 +59,8 @@ class UNetConfig(EncoderConfig):
                 f"up_levels must have as many blocks as levels, {numbers}, since every skip is "
                 f"read once, got {[level.num_blocks for level in self.way_up]}"
             )
+        self.check_levels(self.way_up, more=1)
         for level in self.way_up:
-            self.check_level(level)
             if level.attention is True:
                 self.heads_up(level.channels)
 
@@ -68,6 +68,11 @@ class UNetConfig(EncoderConfig):
     def way_up(self) -> tuple[LevelConfig, ...]:
         """The levels on the way up, from the finest to the coarsest."""
         return self.levels if self.up_levels is None else self.up_levels
+
+    def resamplings(self) -> Iterator[str]:
+        """How the resolution is changed, every time that it is, on both ways."""
+        yield from super().resamplings()
+        yield from (self.resample_of(level) for level in self.way_up[1:])
 
     def all_levels(self) -> Iterator[LevelConfig]:
         """Every level of both ways, and the bottom."""

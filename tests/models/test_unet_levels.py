@@ -166,6 +166,23 @@ def test_a_fuser_is_skipped_without_grounding_and_by_a_gate_of_zero():
     assert np.abs(run(params, x, TOKENS, None, grounded(1.0)) - without).max() > 1e-3
 
 
+@pytest.mark.parametrize("spec", [TextAttention(), SpatialTransformer()])
+def test_specifications_without_heads_have_those_of_the_network(spec):
+    """On the way up its own, as self-attention has; the parameters do not tell."""
+    level = LevelConfig(8, 1, attention=spec)
+    up = LevelConfig(8, 1, attention=dataclasses.replace(spec, num_heads=2))
+    base = UNetConfig(
+        levels=(level,), norm_groups=2, middle_blocks=1, middle_attention=False, num_heads=4
+    )
+    ours, params = apply(dataclasses.replace(base, num_heads_up=2))
+    told, _ = apply(dataclasses.replace(base, up_levels=(up,)), params=params)
+    np.testing.assert_allclose(ours, told, atol=1e-5)
+    widths, _ = apply(
+        dataclasses.replace(base, num_heads=None, head_dim=2, up_levels=(up,)), params=params
+    )
+    np.testing.assert_allclose(ours, widths, atol=1e-5)
+
+
 def test_depth_may_differ_from_place_to_place():
     spec = SpatialTransformer(1, depth=(1, 3))
     level = LevelConfig(4, 2, attention=spec)
@@ -272,6 +289,14 @@ def test_convolutions_take_images_of_any_size(padding, size):
     assert out.shape == (2, *size, 3)
 
 
+def test_a_way_up_without_convolutions_takes_no_odd_sizes():
+    levels = (LevelConfig(4, 1), LevelConfig(4, 1))
+    up = (levels[0], LevelConfig(4, 1, resample="pool"))
+    config = UNetConfig(levels=levels, up_levels=up, norm_groups=2)
+    with pytest.raises(ValueError, match="multiples of 2.*got 5 x 4"):
+        jax.eval_shape(config.build().init, jax.random.key(0), normal(2, 5, 4, 3), T, Condition())
+
+
 def test_upsampling_to_an_odd_size_drops_a_row():
     x = normal(1, 3, 4, 2)
     module = Upsample()
@@ -298,6 +323,24 @@ def test_half_precision_is_finite_and_near(config):
         (lambda: UNetConfig(middle_blocks=3), "middle_blocks must be 0, 1 or 2"),
         (lambda: UNetConfig(act="tanh"), "act must be one of"),
         (lambda: UNetConfig(embed_act="tanh"), "embed_act must be one of"),
+        (
+            lambda: UNetConfig(levels=(LevelConfig(32), LevelConfig(32, resample="pyramid"))),
+            "must be the finest",
+        ),
+        (
+            lambda: UNetConfig(levels=(LevelConfig(32, attention=SpatialTransformer(depth=(1,))),)),
+            r"depth must be one number or 2, one behind each residual block, got \(1,\)",
+        ),
+        (
+            lambda: UNetConfig(
+                levels=(LevelConfig(32, attention=SpatialTransformer(depth=(1, 1))),)
+            ),
+            "depth must be one number or 3",
+        ),
+        (
+            lambda: UNetConfig(levels=(LevelConfig(32, attention=SpatialTransformer(64)),)),
+            "num_heads = 64",
+        ),
         (lambda: SpatialTransformer(2, head_dim=4), "num_heads or head_dim"),
         (lambda: SpatialTransformer(depth=0), "every depth must be at least 1"),
         (lambda: SpatialTransformer(fuser="other"), "fuser must be None or one of"),
