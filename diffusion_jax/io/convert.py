@@ -31,11 +31,14 @@ TRAINING_STATE = (
     "optimizers",
     "scheduler",
 )
-# Classes that checkpoints of training frameworks mention and whose objects hold no weights. Each
-# is read as an empty object of ours, so no code of the file or of the framework runs.
+# What checkpoints of training frameworks mention beside weights: callbacks and single numbers.
+# Each is read as an empty object of ours, so no code of the file or of the framework runs.
 INERT = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "pytorch_lightning.utilities.types._PATH",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    *(f"numpy.dtypes.{name}DType" for name in ("Float32", "Float64", "Int32", "Int64", "Bool")),
 )
 
 
@@ -45,6 +48,9 @@ class MissingTorchError(ImportError):
 
 class _Inert:
     """Stands for an object that is not wanted."""
+
+    def __init__(self, *arguments: Any):
+        del arguments
 
     def __setstate__(self, state: Any) -> None:
         del state
