@@ -9,10 +9,27 @@ from diffusion_jax.configuration import TABLES, from_dict, to_dict
 from diffusion_jax.core.schedules import Betas, Cosine, ShiftedLogSNR, ZeroTerminalSNR
 from diffusion_jax.experiment import EXPERIMENTS, Experiment, find, load, save
 from diffusion_jax.guidance import DynamicThreshold
-from diffusion_jax.models import DiTConfig
+from diffusion_jax.models import (
+    DiTConfig,
+    LevelConfig,
+    PixelAttention,
+    SpatialTransformer,
+    TextAttention,
+    UNetConfig,
+)
 from diffusion_jax.samplers import DDIM
 
 TINY = find("classifier_free", tiny=True)
+# Every kind of attention that a level may have.
+LEVELS = tuple(
+    LevelConfig(32, 1, attention=attention)
+    for attention in (
+        True,
+        PixelAttention(2, head_dim=4),
+        TextAttention(text_norm="layer"),
+        SpatialTransformer(2, depth=(1,), fuser="self"),
+    )
+)
 
 
 def through_json(experiment):
@@ -34,6 +51,11 @@ def test_every_experiment_survives_json(name, tiny):
         {"schedule": Betas(3, (0.1, 0.2, 0.3))},
         {"sampler": DDIM(eta=0.25), "threshold": DynamicThreshold(99.0)},
         {"network": DiTConfig(width=32, depth=2, num_heads=2, out_channels=1)},
+        {
+            "network": UNetConfig(
+                levels=LEVELS, up_levels=LEVELS[:1] * 4, middle_blocks=1, middle_attention=False
+            )
+        },
     ],
 )
 def test_exchanged_parts_survive_json(changes):

@@ -57,7 +57,8 @@ class Part(nn.Module):
         """Groups of this level's norms."""
         return None if self.resample == "pyramid" else self.config.norm_groups
 
-    def _heads(self, spec: TextAttention | SpatialTransformer) -> int:
+    def heads(self, spec: TextAttention | SpatialTransformer) -> int:
+        """Heads of an attention, as it says or as the network has them."""
         says_nothing = spec.num_heads is spec.head_dim is None
         return spec.heads(self.level.channels, self.num_heads() if says_nothing else 1)
 
@@ -106,12 +107,12 @@ class Part(nn.Module):
             return h
         if isinstance(spec, SpatialTransformer):
             transformer = self._block(SpatialTransformerBlock)(
-                spec, self._heads(spec), spec.depth_at(place), self.norm_groups, **options
+                spec, self.heads(spec), spec.depth_at(place), self.norm_groups, **options
             )
             return transformer(h, cond.tokens, cond.token_mask, cond.grounding)
         if isinstance(spec, TextAttention):
             text = self._block(TextAttentionBlock)(
-                spec, self._heads(spec), self.norm_groups, **options
+                spec, self.heads(spec), self.norm_groups, **options
             )
             return text(h, cond.tokens, cond.token_mask)
         spec = PixelAttention(self.num_heads()) if spec is True else spec

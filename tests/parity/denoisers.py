@@ -88,9 +88,11 @@ def batch_of(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The peer's arguments besides sample and time under the names of our batch."""
     left = dict(arguments)
     batch: dict[str, Any] = {}
-    if "class_labels" in left:
+    labels = left.pop("class_labels", None)
+    if labels is not None and "label" in config.conditioners:
+        # A UNet2DConditionModel without class embedding does not look at labels.
         kind, _ = config.conditioners["label"]
-        batch[LABELS.get(kind, "vector")] = left.pop("class_labels")
+        batch[LABELS.get(kind, "vector")] = labels
     if "timestep_cond" in left:
         batch["guidance"] = left.pop("timestep_cond")
     if "encoder_hidden_states" in left:
