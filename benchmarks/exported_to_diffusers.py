@@ -440,6 +440,9 @@ def show(name: str, row: Row) -> bool:
     with tempfile.TemporaryDirectory() as place:
         save_pretrained(loaded, place)
         model, wrong = read_by_them(row.class_name, Path(place))
+    if wrong:
+        print(f"{name:30} {'':10} {'':10} FAILED {'; '.join(wrong)}")
+        return False
     with torch.no_grad():
         theirs = {k: np.asarray(v.numpy()) for k, v in row.theirs(model, row.inputs).items()}
     ours = {k: np.asarray(v) for k, v in row.ours(loaded, row.inputs).items()}

@@ -231,8 +231,14 @@ def test_every_class_has_a_row_here():
 
 
 @pytest.mark.parametrize("class_name", CONFIGS)
-def test_a_network_is_the_same_after_a_round_trip(class_name, tmp_path):
+def test_a_network_is_the_same_after_a_round_trip(class_name, tmp_path, monkeypatch):
     written = loaded(class_name)
+    shapes = jax.eval_shape(lambda: written.params)
+    for name in {class_name, WRITTEN_AS.get(class_name, class_name)}:
+        # Tracing the network again for equal configurations is what takes the time.
+        monkeypatch.setitem(
+            COMPONENTS, name, COMPONENTS[name]._replace(shapes=lambda config: shapes)
+        )
     save_pretrained(written, tmp_path / "a", max_shard_size=20_000)
     read = from_pretrained(tmp_path / "a", dtype="float16")
     assert (read.class_name, read.config) == (
