@@ -39,6 +39,11 @@ class ClassifierConfig(EncoderConfig):
     def __post_init__(self):
         super().__post_init__()
         at_least_one(self, "num_classes", "hidden")
+        if self.reads_tokens or self.concat_vector:
+            raise ValueError(
+                "a classifier of noisy data reads x and t alone: its levels cannot attend to "
+                "tokens, and there is no vector to concatenate"
+            )
         if self.pool not in POOLS:
             raise ValueError(f"pool must be one of {POOLS}, got {self.pool!r}")
         if self.pool == "attention":

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from diffusion_jax.core.condition import Condition
-from diffusion_jax.models import CLASSIFIERS, ClassifierConfig, LevelConfig, MLPClassifierConfig
+from diffusion_jax.models import (
+    CLASSIFIERS,
+    ClassifierConfig,
+    LevelConfig,
+    MLPClassifierConfig,
+    TextAttention,
+)
 from tests.models.trees import random_params
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
@@ -204,6 +210,7 @@ def test_configurations_are_values(name):
 @pytest.mark.parametrize(
     "make, words",
     [
+        (lambda: ClassifierConfig(middle_attention=TextAttention()), "reads x and t alone"),
         (lambda: ClassifierConfig(pool="max"), "got 'max'"),
         (lambda: ClassifierConfig(num_classes=0), "num_classes must be at least 1, got 0"),
         (lambda: ClassifierConfig(hidden=64), "hidden = 64 with pool = 'attention'"),
