@@ -1,5 +1,7 @@
 """guided-diffusion's arguments and names: both directions, both orders, every refusal."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -15,13 +17,7 @@ from diffusion_jax.io.tables.openai import (
 from diffusion_jax.io.tables.unet import UnsupportedOption
 from diffusion_jax.models import adm_classifier, adm_unet, adm_upsampler
 from diffusion_jax.models.attention import Attention
-from tests.parity.originals import (
-    classifier_config,
-    expected_classifier_params,
-    expected_params,
-    unet_config,
-    unet_table,
-)
+from diffusion_jax.pretrained.components.openai import GUIDED_DIFFUSION, MODULE
 
 BASE = {
     "image_size": 4,
@@ -43,6 +39,11 @@ PLAIN = {**BASE, "num_heads": 2, "num_heads_upsample": 4, "num_res_blocks": 2}
 POOLED = {**BASE, "conv_resample": False, "attention_resolutions": [1, 2]}
 
 
+UNET = GUIDED_DIFFUSION[MODULE + "UNetModel"]
+UPSAMPLER = GUIDED_DIFFUSION[MODULE + "SuperResModel"]
+CLASSIFIER = GUIDED_DIFFUSION[MODULE + "EncoderUNetModel"]
+
+
 def normal(*shape):
     return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
 
@@ -51,8 +52,10 @@ def flat(params):
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
 
 
-def there_and_back(expected, rows):
+def there_and_back(component, options):
     """Names of the file; every parameter returns bit for bit."""
+    config = component.read(options)
+    expected, rows = component.shapes(config), component.rows(config, ())
     params = jax.tree.map(lambda leaf: normal(*leaf.shape), expected)
     tensors = export(params, rows)
     back = flat(convert(tensors, rows, expected))
@@ -76,8 +79,7 @@ CHANGES = {
 @pytest.mark.parametrize("config, down, up", CHANGES.values(), ids=CHANGES)
 def test_the_unet_table_covers_the_network_both_ways(config, down, up, new_order):
     config = {**config, "use_new_attention_order": new_order}
-    form = adm_unet_config(config)
-    shapes = there_and_back(expected_params(form, unet_config(form.unet)), unet_table(config))
+    shapes = there_and_back(UNET, config)
     assert ("label_emb.weight" in shapes) == ("num_classes" in config)
     assert shapes["middle_block.1.qkv.weight"] == (192, 64, 1)
     assert shapes["out.2.weight"] == (6, 32, 3, 3)
@@ -91,9 +93,7 @@ def test_the_unet_table_covers_the_network_both_ways(config, down, up, new_order
 @pytest.mark.parametrize("pool", ["adaptive", "attention", "spatial", "spatial_v2"])
 def test_the_classifier_table_covers_every_pool_both_ways(pool):
     config = {**BASE, "pool": pool, "num_head_channels": 32, "resblock_updown": True}
-    form = adm_classifier_config(config)
-    ours = classifier_config(form.classifier)
-    shapes = there_and_back(expected_classifier_params(form, ours), adm_classifier_rows(config))
+    shapes = there_and_back(CLASSIFIER, config)
     out = {name: shape for name, shape in shapes.items() if name.startswith("out.")}
     # Means of conv_in, a block, its change of resolution, a wider block and the bottom.
     features = 32 + 32 + 32 + 64 + 64
@@ -163,13 +163,12 @@ def test_a_way_up_with_its_own_heads_is_cut_by_them():
 
 
 def test_a_file_of_another_configuration_is_refused():
-    form = adm_unet_config(ADM)
-    expected = expected_params(form, unet_config(form.unet))
-    tensors = export(jax.tree.map(lambda leaf: normal(*leaf.shape), expected), unet_table(ADM))
-    other = {**ADM, "resblock_updown": False}
-    form = adm_unet_config(other)
+    config = UNET.read(ADM)
+    params = jax.tree.map(lambda leaf: normal(*leaf.shape), UNET.shapes(config))
+    tensors = export(params, UNET.rows(config, ()))
+    other = UNET.read({**ADM, "resblock_updown": False})
     with pytest.raises(MappingError, match=r"missing: input_blocks.2.0.op.weight"):
-        convert(tensors, unet_table(other), expected_params(form, unet_config(form.unet)))
+        convert(tensors, UNET.rows(other, ()), UNET.shapes(other))
 
 
 def released(image_size, factors, **options):
@@ -192,7 +191,7 @@ def test_released_arguments_are_our_released_configurations():
         use_new_attention_order=True, use_fp16=True,
     )  # fmt: skip
     form = adm_unet_config(unet)
-    assert unet_config(form.unet) == adm_unet(64)
+    assert UNET.read(unet).network == adm_unet(64)
     assert (form.in_channels, form.image_channels, form.num_classes) == (3, 0, 1000)
     assert form.dtype == "float16"
 
@@ -200,7 +199,7 @@ def test_released_arguments_are_our_released_configurations():
         512, (16, 32, 64), model_channels=256, num_res_blocks=2, num_head_channels=64,
         channel_mult=(0.5, 1, 1, 2, 2, 4, 4),
     )  # fmt: skip
-    assert unet_config(adm_unet_config(half).unet) == adm_unet(512, class_conditional=False)
+    assert UNET.read(half).network == adm_unet(512, class_conditional=False)
 
     upsampler = released(
         256, (8, 16, 32), model_channels=192, num_res_blocks=2, num_heads=4, num_classes=1000,
@@ -208,15 +207,15 @@ def test_released_arguments_are_our_released_configurations():
     )  # fmt: skip
     form = adm_unet_config(upsampler, super_resolution=True)
     assert (form.in_channels, form.image_channels, form.dtype) == (6, 3, "float32")
-    ours = unet_config({**form.unet, "time_embed_dim": None, "time_channels": None})
-    assert ours == adm_upsampler(256)
+    ours = UPSAMPLER.read(upsampler).network
+    assert dataclasses.replace(ours, time_embed_dim=None, time_channels=None) == adm_upsampler(256)
 
     classifier = released(
         512, (16, 32, 64), model_channels=128, num_res_blocks=2, num_head_channels=64,
         channel_mult=(0.5, 1, 1, 2, 2, 4, 4), pool="attention",
     ) | {"out_channels": 1000}  # fmt: skip
     form = adm_classifier_config(classifier)
-    assert classifier_config(form.classifier) == adm_classifier(512)
+    assert CLASSIFIER.read(classifier).classifier == adm_classifier(512)
     assert (form.in_channels, form.image_size) == (3, 512)
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from diffusion_jax.core.types import Params
-from diffusion_jax.pretrained import Loaded, from_pretrained
+from diffusion_jax.pretrained import Loaded, from_original
 from diffusion_jax.pretrained.components.compvis import LATENT_DIFFUSION_CLASS, UNET_CLASS
 from diffusion_jax.pretrained.components.unet import ReleasedUNetConfig
 
@@ -20,9 +20,7 @@ def run(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | None:
     if case["class"] not in (UNET_CLASS, LATENT_DIFFUSION_CLASS):
         return None
     (weights,) = (folder / case["checkpoint"]).glob("*.safetensors")
-    loaded = from_pretrained(weights, config={"_class_name": case["class"], **case["config"]})
-    if not isinstance(loaded, Loaded):
-        raise TypeError(f"{weights} holds a {type(loaded).__name__}, expected one network")
+    loaded = from_original(weights, case["class"], case["config"])
     with np.load(folder / case["inputs_file"]) as file:
         inputs = {
             name: np.moveaxis(value, 1, -1) if value.ndim == 4 else value

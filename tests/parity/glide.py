@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from diffusion_jax.core.condition import Condition
-from diffusion_jax.pretrained import Loaded, from_pretrained
+from diffusion_jax.pretrained import from_original
 from diffusion_jax.pretrained.components.glide import GLIDE
 
 # The original's arguments as entries of our batch.
@@ -26,9 +26,7 @@ def run(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | None:
     if case.get("class") not in GLIDE:
         return None
     weights = folder / case["checkpoint"] / "model.safetensors"
-    loaded = from_pretrained(weights, config={"_class_name": case["class"], **case["config"]})
-    if not isinstance(loaded, Loaded):
-        raise TypeError(f"{weights} holds a {type(loaded).__name__}, expected one network")
+    loaded = from_original(weights, case["class"], case["config"])
     config, params = loaded.config, loaded.params
     with np.load(folder / case["inputs_file"]) as file:
         inputs = {

@@ -25,10 +25,9 @@ from diffusion_jax.io.tables.options import UnsupportedOption
 from diffusion_jax.io.tables.transformer import FUSER_ROWS, spatial_transformer_rows
 from diffusion_jax.models.gated_attention import FUSERS
 from diffusion_jax.models.transformer import SpatialTransformer, SpatialTransformerBlock
+from diffusion_jax.pretrained import from_original
 from diffusion_jax.pretrained.components.gligen import (
-    GLIGEN_UNET,
-    gligen_config,
-    gligen_shapes,
+    GLIGEN_CLASS,
     grounding_config,
     grounding_shapes,
 )
@@ -43,10 +42,13 @@ def run(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | None:
         return None
     with np.load(folder / case["inputs_file"]) as file:
         inputs = dict(file)
-    tensors = {}
-    if "checkpoint" in case:
-        tensors = load_file(folder / case["checkpoint"] / "model.safetensors")
     try:
+        if name.endswith(".UNetModel"):
+            weights = folder / case["checkpoint"] / "model.safetensors"
+            return _unet(case["config"], weights, inputs)
+        tensors = {}
+        if "checkpoint" in case:
+            tensors = load_file(folder / case["checkpoint"] / "model.safetensors")
         return _run(name.removeprefix(PEER), case, tensors, inputs)
     except UnsupportedOption:
         return None
@@ -59,8 +61,6 @@ def _run(name: str, case: Mapping[str, Any], tensors, inputs):
     config = case.get("config") or {}
     if module == "SpatialTransformer":
         return _spatial_transformer(case["config"], tensors, inputs)
-    if module == "UNetModel":
-        return _unet(case["config"], tensors, inputs)
     if module == "PositionNet":
         form = position_net_config(name, config)
         names = {**form.arguments, "cond": "map"}
@@ -102,11 +102,10 @@ def _spatial_transformer(config: Mapping[str, Any], tensors, inputs):
     return {"out": _nchw(jax.jit(module.apply)({"params": params}, *arguments))}
 
 
-def _unet(options: Mapping[str, Any], tensors, inputs):
-    config = gligen_config(_with_widths(options))
-    names = position_net_config(**_with_widths(options)["grounding_tokenizer"]).arguments
-    shapes = gligen_shapes(config)
-    params = convert(tensors, GLIGEN_UNET.rows(config, tuple(tensors)), shapes)
+def _unet(options: Mapping[str, Any], weights: Path, inputs):
+    options = _with_widths(options)
+    _, config, network, params = from_original(weights, GLIGEN_CLASS, options)
+    names = position_net_config(**options["grounding_tokenizer"]).arguments
     parts = params["conditioner"]
     arguments = {
         names[name.removeprefix("grounding_input.")]: _nhwc(value)
@@ -127,7 +126,7 @@ def _unet(options: Mapping[str, Any], tensors, inputs):
         grounding=Grounding(objects, jnp.ones(len(objects))),
     )
     x, times = _nhwc(inputs["x"]), inputs["timesteps"].astype(np.float32)
-    out = jax.jit(config.build().apply)({"params": params["network"]}, x, times, cond)
+    out = jax.jit(network.apply)({"params": params["network"]}, x, times, cond)
     return {"out": _nchw(out), "objs": objects}
 
 
