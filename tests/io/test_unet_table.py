@@ -1,5 +1,6 @@
 """diffusers' UNets: options both ways, names both ways, and what is refused."""
 
+import functools
 import json
 
 import jax
@@ -142,6 +143,13 @@ def read(options):
     return component(options).read(options)
 
 
+@functools.cache
+def shaped(form):
+    """(component, our configuration, shapes of the parameters) of a form."""
+    kind, config = component(FORMS[form]), read(FORMS[form])
+    return kind, config, kind.shapes(config)
+
+
 def assert_equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
@@ -157,12 +165,82 @@ def test_what_is_written_means_what_was_read(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_parameter_has_one_name_both_ways(form):
-    kind, config = component(FORMS[form]), read(FORMS[form])
-    shapes = kind.shapes(config)
+    kind, config, shapes = shaped(form)
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype("f4"), shapes)
     tensors = export(params, kind.rows(config, ()))
     assert_equal(convert(tensors, kind.rows(config, tuple(tensors)), shapes), params)
+
+
+# Names and shapes of tensors in files that diffusers writes.
+NAMES = {
+    "ncsnpp": {
+        "time_proj.weight": (32,),
+        "down_blocks.0.resnet_down.conv_shortcut.weight": (32, 32, 1, 1),
+        "down_blocks.0.skip_conv.weight": (32, 3, 1, 1),
+        "up_blocks.0.resnet_up.norm1.weight": (32,),
+        "up_blocks.0.skip_norm.weight": (32,),
+        "up_blocks.0.skip_conv.weight": (3, 32, 3, 3),
+        "up_blocks.0.attentions.0.group_norm.weight": (32,),
+    },
+    "learned": {"time_proj.weight": (20, 4)},
+    "sd": {
+        "down_blocks.0.attentions.0.proj_in.weight": (4, 4, 1, 1),
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (4, 6),
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj.weight": (64, 8),
+        "up_blocks.1.attentions.1.transformer_blocks.0.norm3.bias": (4,),
+        "down_blocks.0.downsamplers.0.conv.weight": (4, 4, 3, 3),
+        "up_blocks.0.upsamplers.0.conv.weight": (8, 8, 3, 3),
+    },
+    "linear": {"mid_block.attentions.0.proj_out.weight": (8, 8)},
+    "if": {
+        "mid_block.attentions.0.norm_cross.weight": (32,),
+        "mid_block.attentions.0.add_k_proj.weight": (16, 32),
+        "mid_block.attentions.0.add_v_proj.bias": (16,),
+        "down_blocks.0.downsamplers.0.time_emb_proj.weight": (16, 32),
+        "encoder_hid_proj.weight": (32, 12),
+        "class_embedding.linear_1.weight": (32, 8),
+        "add_embedding.norm1.weight": (12,),
+        "add_embedding.pool.positional_embedding": (1, 12),
+        "add_embedding.pool.q_proj.weight": (12, 12),
+        "add_embedding.proj.weight": (32, 12),
+        "add_embedding.norm2.weight": (32,),
+    },
+    "sdxl": {"add_embedding.linear_1.weight": (16, 30)},
+    "gligen": {
+        "mid_block.attentions.0.transformer_blocks.0.fuser.linear.weight": (8, 6),
+        "position_net.null_positive_feature": (6,),
+    },
+    "kandinsky 2.1": {
+        "encoder_hid_proj.image_embeds.weight": (60, 6),
+        "encoder_hid_proj.text_proj.weight": (6, 5),
+        "add_embedding.text_norm.weight": (16,),
+        "add_embedding.text_proj.weight": (16, 6),
+        "add_embedding.image_proj.weight": (16, 6),
+    },
+    "kandinsky 2.2": {
+        "encoder_hid_proj.image_embeds.weight": (192, 5),
+        "encoder_hid_proj.norm.weight": (6,),
+        "add_embedding.image_norm.weight": (16,),
+        "add_embedding.input_hint_block.0.weight": (16, 3, 3, 3),
+        "add_embedding.input_hint_block.14.weight": (4, 256, 3, 3),
+    },
+    "concat": {
+        "time_embedding.cond_proj.weight": (4, 3),
+        "class_embedding.linear_2.weight": (16, 16),
+        "down_blocks.0.resnets.0.time_emb_proj.weight": (4, 32),
+        "conv_in.weight": (4, 4, 5, 5),
+    },
+    "simple": {"class_embedding.weight": (8, 5), "time_proj.weight": (4,)},
+}
+
+
+@pytest.mark.parametrize("form", NAMES)
+def test_names_and_layouts_are_those_of_the_files(form):
+    kind, config, shapes = shaped(form)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, "f4"), shapes)
+    tensors = export(zeros, kind.rows(config, ()))
+    assert {name: tensors[name].shape for name in NAMES[form]} == NAMES[form]
 
 
 def test_files_with_old_names_of_attention_are_told_by_their_names():
