@@ -1,6 +1,8 @@
 """Original files: every class there and back as users do it, and the files that were published."""
 
+import dataclasses
 import json
+import math
 
 import huggingface_hub
 import jax
@@ -11,9 +13,11 @@ import pytest
 from diffusion_jax.io.mapping import MappingError
 from diffusion_jax.io.safetensors import WeightsFile, WeightsFileError, write_safetensors
 from diffusion_jax.io.tables.options import UnsupportedOption
+from diffusion_jax.models import FIRST_STAGES, adm_classifier, adm_unet, adm_upsampler
 from diffusion_jax.pretrained import (
     COMPONENTS,
     ORIGINALS,
+    PUBLISHED,
     HubError,
     Loaded,
     UnknownClassError,
@@ -188,3 +192,94 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "config.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(UnsupportedOption, match="neither JSON nor plain YAML"):
         from_original(tmp_path / "c.safetensors", ADM, tmp_path / "config.yaml")
+
+
+def published(name):
+    """Our configuration of a published file."""
+    class_name, config, _ = PUBLISHED[name]
+    if name == "latent-diffusion/lsun_churches256":
+        params = {**config["model"]["params"], "scale_by_std": False}
+        config = {"model": {**config["model"], "params": params}}
+    return ORIGINALS[class_name].read(config)
+
+
+def test_published_files_are_told_apart_and_their_configurations_go_there_and_back():
+    """Every file is a repository's, or its own address; every option is known."""
+    files = [each.file for each in PUBLISHED.values()]
+    assert len(set(files)) == len(files)
+    for name, each in PUBLISHED.items():
+        assert each.file.startswith("https://") or each.file.count(":") == 1
+        component, config = ORIGINALS[each.class_name], published(name)
+        assert component.read(component.write(config)) == config
+
+
+@pytest.mark.parametrize("size", [64, 128, 256, 512])
+def test_published_networks_of_adm_are_our_configurations(size):
+    family = "guided-diffusion/"
+    unet = published(f"{family}{size}x{size}_diffusion")
+    assert unet.network == adm_unet(size)
+    assert unet.conditioners["label"][1]["num_classes"] == 1000
+    assert published(f"{family}{size}x{size}_classifier").classifier == adm_classifier(size)
+    if size < 256:
+        return
+    upsampler = published(f"{family}{size // 4}_{size}_upsampler").network
+    assert dataclasses.replace(upsampler, time_embed_dim=None, time_channels=None) == (
+        adm_upsampler(size)
+    )
+    alone = adm_unet(256, class_conditional=False)
+    for name in ("256x256_diffusion_uncond", "lsun_horse_nodropout"):
+        assert published(family + name).network == alone
+    for name in ("lsun_bedroom", "lsun_cat", "lsun_horse"):
+        assert published(family + name).network == dataclasses.replace(alone, dropout=0.1)
+
+
+def test_published_first_stages_are_our_configurations():
+    """Whose numbers of parameters are held to the published ones where they are."""
+    within = {
+        "celeba256": "vq-f4", "ffhq256": "vq-f4", "lsun_beds256": "vq-f4", "cin256": "vq-f8",
+        "cin256-v2": "vq-f4", "text2img256": "vq-f4", "bsr_sr": "vq-f4",
+        "inpainting_big": "vq-f4-noattn",
+    }  # fmt: skip
+    for name in PUBLISHED:
+        family, _, short = name.partition("/")
+        if family not in ("latent-diffusion", "stable-diffusion"):
+            continue
+        config = published(name)
+        if hasattr(config, "network"):
+            expected, factor = FIRST_STAGES.get(short, FIRST_STAGES["kl-f8"]), 1.0
+            assert config.network == dataclasses.replace(expected, scaling_factor=factor)
+            continue
+        scaled = family == "stable-diffusion" or short == "text2img-large"
+        expected = FIRST_STAGES[within.get(short, "kl-f8")]
+        factor = 0.18215 if scaled else 1.0
+        assert config.first_stage == dataclasses.replace(expected, scaling_factor=factor), name
+
+
+# Parameters, counted in the original constructors: glide-text2im at 69b5307, latent-diffusion at
+# a506df5, stablediffusion at cf1d67a, GLIGEN at f9dccb9. Rombach et al. 2022 print 274 million for
+# faces and bedrooms, 294 for churches, 400 for ImageNet, 1.45 billion for text with its encoder.
+COUNTS = {
+    "glide/base": 385_030_726,
+    "glide/upsample-inpaint": 398_368_198,
+    "latent-diffusion/celeba256": 274_056_163,
+    "latent-diffusion/lsun_churches256": 294_966_916,
+    "latent-diffusion/cin256-v2": 400_920_579,
+    "latent-diffusion/text2img-large": 872_300_484,
+    "latent-diffusion/bsr_sr": 113_622_563,
+    "latent-diffusion/inpainting_big": 387_245_827,
+    "stable-diffusion/v1": 859_520_964,
+    "stable-diffusion/v2": 865_910_724,
+    "gligen/generation-text-box": 1_068_623_204,
+    "gligen/generation-hed": 1_096_460_996,
+    "gligen/generation-sem": 1_096_526_247,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COUNTS)
+def test_published_networks_have_their_sizes(name):
+    config, component = published(name), ORIGINALS[PUBLISHED[name].class_name]
+    if hasattr(config, "unet"):
+        config, component = config.unet, ORIGINALS[UNET]
+    leaves = jax.tree.leaves(component.shapes(config))
+    assert sum(math.prod(leaf.shape) for leaf in leaves) == COUNTS[name]
