@@ -232,7 +232,7 @@ def test_missing_arguments_have_the_constructors_defaults():
 @pytest.mark.parametrize("change, words", [
     ({"dims": 3}, "dims must be 2.*got 3"),
     ({"dims": 1}, "dims must be 2.*got 1"),
-    ({"magic": 1}, "unknown options of the network: .'magic'."),
+    ({"chanel_mult": [1]}, "unknown options.* 'chanel_mult' .did you mean 'channel_mult'"),
     ({"num_res_blocks": [1, 2]}, "one number for all levels, got .1, 2."),
 ])  # fmt: skip
 def test_what_our_networks_do_not_have_is_named(change, words):

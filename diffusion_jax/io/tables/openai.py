@@ -1,5 +1,6 @@
 """OpenAI's guided-diffusion: its constructors' arguments and its names as those of our networks."""
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -82,10 +83,15 @@ def complete(
     Raises:
       UnsupportedOption: naming what is unknown or missing, and what is not for images.
     """
-    unknown = sorted(set(config) - set(required) - set(defaults))
     missing = [option for option in required if option not in config]
+    unknown, hints = sorted(set(config) - set(required) - set(defaults)), []
+    for option in unknown:
+        near = difflib.get_close_matches(option, (*required, *defaults), n=1)
+        hints.append(f"{option!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
     if unknown or missing:
-        raise UnsupportedOption(f"unknown options of the network: {unknown}; missing: {missing}")
+        raise UnsupportedOption(
+            f"unknown options of the network: {', '.join(hints) or 'none'}; missing: {missing}"
+        )
     full = {**defaults, **config}
     if full["dims"] != 2:
         raise UnsupportedOption(
