@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from diffusion_jax.io.safetensors import WeightsFileError, write_safetensors
-from diffusion_jax.io.shards import PICKLES, read_json, save_weights
+from diffusion_jax.io.safetensors import DTYPES, WeightsFileError, write_safetensors
+from diffusion_jax.io.shards import PICKLES, indexed_files, save_weights
 
 # What training code keeps beside the weights, and is not meant.
 TRAINING_STATE = (
@@ -40,10 +40,11 @@ INERT = (
     "numpy.dtype",
     *(f"numpy.dtypes.{name}DType" for name in ("Float32", "Float64", "Int32", "Int64", "Bool")),
 )
+_SAFE_TORCH = 2, 6
 
 
 class MissingTorchError(ImportError):
-    """torch is needed to read pickled weights and is not installed."""
+    """torch is needed to read pickled weights, and is not installed or too old."""
 
 
 class _Inert:
@@ -58,22 +59,28 @@ class _Inert:
 
 def _torch() -> Any:
     try:
-        return importlib.import_module("torch")
+        torch = importlib.import_module("torch")
     except ImportError as error:
         raise MissingTorchError(
             "converting pickled weights needs torch, which nothing else here does; install it for "
             "this once: pip install torch"
         ) from error
+    if tuple(map(int, torch.__version__.split(".")[:2])) < _SAFE_TORCH:
+        raise MissingTorchError(
+            f"torch {torch.__version__} can be made to run code even where it is asked for weights "
+            "only (CVE-2025-32434); converting needs a newer one: pip install 'torch>=2.6'"
+        )
+    return torch
 
 
 def _read(torch: Any, path: Path) -> Any:
     """The content of one file; raises WeightsFileError where it is more than weights."""
-    import pickle
-
     try:
         with torch.serialization.safe_globals([(_Inert, name) for name in INERT]):
             return torch.load(str(path), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # A broken pickle can bring about any of them.
         # torch's own advice is to trust the file, so of its message only the culprit is shown.
         culprit = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks for {culprit[1]}" if culprit else f"torch says {type(error).__name__}"
@@ -89,11 +96,9 @@ def _is_tensor(torch: Any, value: Any) -> bool:
 
 def _candidates(torch: Any, tree: Any, path: str = "", depth: int = 3) -> dict[str, Mapping]:
     """Dotted key -> dictionary that holds tensors itself, over the first levels of a tree."""
-    found: dict[str, Mapping] = {}
     if not isinstance(tree, Mapping) or depth == 0:
-        return found
-    if any(_is_tensor(torch, value) for value in tree.values()):
-        return {path: tree}
+        return {}
+    found = {path: tree} if any(_is_tensor(torch, value) for value in tree.values()) else {}
     for key, value in tree.items():
         if isinstance(key, str):
             found |= _candidates(torch, value, f"{path}.{key}" if path else key, depth - 1)
@@ -104,14 +109,14 @@ def _state_dict(torch: Any, content: Any, path: Path, key: str | None) -> Mappin
     found = _candidates(torch, content)
     if key is None:
         found = {k: v for k, v in found.items() if k.split(".")[0] not in TRAINING_STATE}
-        key = next(iter(found), "")
-        if len(found) > 1:
-            raise WeightsFileError(
-                f"{path} holds several dictionaries of tensors, choose one as key (--key): "
-                f"{', '.join(found)}"
-            )
+    names = ", ".join(name or "'' (the top level)" for name in found)
+    if key is None and len(found) > 1:
+        raise WeightsFileError(
+            f"{path} holds several dictionaries of tensors, choose one as key (--key): {names}"
+        )
+    key = next(iter(found), "") if key is None else key
     if key not in found:
-        named = f" called {key!r}; there is {', '.join(found)}" if key else ""
+        named = f" called {key!r}; there is {names or 'none'}" if key else ""
         raise WeightsFileError(f"{path} holds no dictionary of tensors{named}")
     return found[key]
 
@@ -122,7 +127,10 @@ def _to_numpy(torch: Any, name: str, tensor: Any) -> np.ndarray:
         if tensor.dtype == torch.bfloat16:
             # numpy has no such type of its own, so the bits travel as integers.
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
+        array = tensor.numpy()
+        if array.dtype not in DTYPES.values():
+            raise TypeError("safetensors files have no such dtype")
+        return array
     except (TypeError, RuntimeError) as error:
         raise WeightsFileError(f"tensor {name!r} of dtype {tensor.dtype}: {error}") from error
 
@@ -160,11 +168,7 @@ def _inputs(files: Sequence[Path]) -> list[Path]:
         if not file.exists():
             raise FileNotFoundError(f"there is no file {file}")
         if file.name.endswith(".bin.index.json"):
-            weight_map = read_json(file).get("weight_map")
-            names = sorted(set(map(str, weight_map.values()))) if weight_map else []
-            if not names or any(name != Path(name).name for name in names):
-                raise WeightsFileError(f"{file} must list files of its own folder, got {names}")
-            result += [file.parent / name for name in names]
+            result += [file.parent / name for name in indexed_files(file, ending=".bin")]
         elif file.suffix in PICKLES:
             result.append(file)
         else:
@@ -175,10 +179,8 @@ def _inputs(files: Sequence[Path]) -> list[Path]:
 def _new_stem(file: Path) -> tuple[str, str | None]:
     """(stem, variant) of the safetensors file in place of a pickle; transformers renames its."""
     stem = file.name.removesuffix(file.suffix)
-    for end in ("-[0-9]*-of-[0-9]*", ".*-[0-9]*-of-[0-9]*"):
-        if fnmatch.fnmatchcase(stem, f"*{end}"):
-            stem = stem.rpartition("-of-")[0].rpartition("-")[0]
-            break
+    if fnmatch.fnmatchcase(stem, "*-[0-9]*-of-[0-9]*"):
+        stem = stem.rpartition("-of-")[0].rpartition("-")[0]
     known = {"pytorch_model": "model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
     base, _, variant = stem.partition(".")
     return (known[base], variant or None) if base in known else (stem, None)
@@ -205,15 +207,20 @@ def convert_files(
         where None.
 
     Raises:
-      MissingTorchError: if torch is not installed.
+      MissingTorchError: if torch is not installed, or older than 2.6.
       WeightsFileError: if a file holds more than weights, several dictionaries of them, a tensor
         twice with another file, or a dtype that has no place in safetensors.
-      ValueError: if a name ends with something else, or `out` exists.
+      ValueError: if a name ends with something else, `out` exists or is named as a pickle, or
+        `max_shard_size` is given for a single file.
     """
     out = Path(out)
     inputs = _inputs([Path(file) for file in files])
     if not inputs:
         raise ValueError("there is nothing to convert; give .bin, .pt, .pth or .ckpt files")
+    if out.suffix in PICKLES or (out.is_file() and out.suffix != ".safetensors"):
+        raise ValueError(f"the last path is written: a .safetensors file or a folder, got {out}")
+    if out.suffix == ".safetensors" and max_shard_size is not None:
+        raise ValueError(f"max_shard_size is for folders, and {out} is one file")
     torch = _torch()
     tensors: dict[str, np.ndarray] = {}
     left_out = []

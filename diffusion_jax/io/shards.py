@@ -50,27 +50,31 @@ def read_json(path: str | PathLike) -> dict[str, Any]:
         raise WeightsFileError(f"{path} is not valid JSON: {error}") from error
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def _weight_map(path: Path, ending: str = ".safetensors") -> dict[str, str]:
     """Tensor -> file, as an index says it; every file is a neighbour of the index."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(type(v) is str for v in weight_map.values()):
         raise WeightsFileError(f"{path} must have a weight_map from tensors to names of files")
     for file in set(weight_map.values()):
-        if file != Path(file).name or "\\" in file or not file.endswith(".safetensors"):
+        if file != Path(file).name or "\\" in file or not file.endswith(ending):
             raise WeightsFileError(
-                f"{path} names the file {file!r}; expected the plain name of a safetensors file in "
-                "the same folder"
+                f"{path} names the file {file!r}; expected the plain name of a {ending[1:]} file "
+                "in the same folder"
             )
     return weight_map
 
 
-def indexed_files(path: str | PathLike) -> list[str]:
+def indexed_files(path: str | PathLike, *, ending: str = ".safetensors") -> list[str]:
     """The names of the files that an index lists.
 
+    Args:
+      path: the index.
+      ending: of the files.
+
     Raises:
-      WeightsFileError: if it lists anything but safetensors files of its own folder.
+      WeightsFileError: if it lists anything but files of its own folder that end so.
     """
-    return sorted(set(_weight_map(Path(path)).values()))
+    return sorted(set(_weight_map(Path(path), ending).values()))
 
 
 class ShardedWeights(Mapping[str, np.ndarray]):

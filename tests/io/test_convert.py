@@ -86,6 +86,9 @@ def test_without_torch_the_command_says_what_is_missing(tmp_path, monkeypatch, c
         without.setitem(sys.modules, "torch", None)
         with pytest.raises(MissingTorchError, match="pip install torch") as caught:
             convert_files([path], tmp_path / "out")
+        without.setitem(sys.modules, "torch", types.SimpleNamespace(__version__="2.5.1+cpu"))
+        with pytest.raises(MissingTorchError, match=r"torch 2\.5\.1\+cpu .* 'torch>=2\.6'"):
+            convert_files([path], tmp_path / "out")
 
     def missing():
         raise caught.value
@@ -131,6 +134,11 @@ def test_several_dictionaries_need_a_choice(files, tmp_path):
         convert_files([path], out)
     with pytest.raises(WeightsFileError, match="'emma'; there is model, ema"):
         convert_files([path], out, key="emma")
+    mixed = files("y.ckpt", {"epoch": V, "ema": {"w": W}})
+    with pytest.raises(WeightsFileError, match=r"choose one .*: '' \(the top level\), ema"):
+        convert_files([mixed], out)
+    convert_files([mixed], tmp_path / "mixed.safetensors", key="ema")
+    np.testing.assert_array_equal(WeightsFile(tmp_path / "mixed.safetensors")["w"], W.array)
     assert cli.main(["convert", str(path), str(out), "--key", "ema"]) == 0
     np.testing.assert_array_equal(WeightsFile(out)["w"], W.array)
 
@@ -163,9 +171,10 @@ def test_the_parts_of_an_index_are_converted_together(files, tmp_path):
         "model.safetensors.index.json",
     ]
     np.testing.assert_array_equal(open_weights(tmp_path / "out")["b"], W.array + 1)
-    index.write_text(json.dumps({"weight_map": {"a": "../x.bin"}}))
-    with pytest.raises(WeightsFileError, match="own folder"):
-        convert_files([index], tmp_path / "out")
+    for weight_map in ({"a": "../x.bin"}, {"a": "x.safetensors"}, ["x.bin"]):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(WeightsFileError, match="a bin file in the same folder|a weight_map"):
+            convert_files([index], tmp_path / "out")
 
 
 UNSAFE = pickle.UnpicklingError(
@@ -179,10 +188,11 @@ UNSAFE = pickle.UnpicklingError(
     [
         (UNSAFE, r"it asks for posix\.system; it is not read in any other way"),
         (RuntimeError("torchscript"), "torch says RuntimeError"),
+        (IndexError("pop from empty list"), "torch says IndexError"),
         (W, "no dictionary of tensors$"),
         ({"a": 1, "optimizer": {"w": W}}, "no dictionary of tensors$"),
         ({"w": Tensor(np.ones(2, np.uint8), "float8")}, "'w' of dtype float8: Got unsupported"),
-        ({"w": Tensor(np.ones(2, np.complex64))}, "'w' has dtype complex64"),
+        ({"w": Tensor(np.ones(2, np.complex64))}, "'w' of dtype complex64: safetensors"),
     ],
 )
 def test_what_is_no_weights_is_refused(content, message, files, tmp_path):
@@ -203,5 +213,9 @@ def test_arguments_are_checked(files, tmp_path, capsys):
     convert_files([path], tmp_path / "out.safetensors")
     with pytest.raises(ValueError, match="exists"):
         convert_files([path], tmp_path / "out.safetensors")
+    with pytest.raises(ValueError, match="a folder, got .*y.bin"):
+        convert_files([path], tmp_path / "y.bin")
+    with pytest.raises(ValueError, match="max_shard_size is for folders"):
+        convert_files([path], tmp_path / "other.safetensors", max_shard_size=1)
     assert cli.main(["convert", str(path)]) == 2
     assert "FILE … OUT" in capsys.readouterr().err
