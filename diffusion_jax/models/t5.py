@@ -180,7 +180,8 @@ class T5Block(nn.Module):
 
     Attributes:
       config: the whole encoder.
-      dtype: dtype of activations inside of the block; norms and softmax stay float32.
+      dtype: dtype of activations inside of the block; norms and softmax stay float32, and so does
+        the last projection where dtype is float16.
       param_dtype: dtype of the parameters.
 
     Source: Raffel et al. 2020 (arXiv:1910.10683), section 2.1; Shazeer 2020 (arXiv:2002.05202),
@@ -216,7 +217,10 @@ class T5Block(nn.Module):
             up = act(projection("gate", config.mlp_width, config.width, *types)(h)) * up
         else:
             up = act(up)
-        return x + projection("dense_2", config.width, config.mlp_width, *types)(up)
+        # What the large encoders multiply here is beyond the range of float16.
+        wide = jnp.float32 if self.dtype == jnp.float16 else self.dtype
+        down = projection("dense_2", config.width, config.mlp_width, wide, self.param_dtype)
+        return x + down(up)
 
 
 class T5Attention(nn.Module):

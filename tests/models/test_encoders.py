@@ -220,6 +220,18 @@ def test_t5_keeps_small_terms_of_a_large_stream_in_half_precision():
     assert len(np.unique(added)) > 50
 
 
+def test_t5_multiplies_beyond_float16_in_float32():
+    """The hidden units of the large encoders exceed 65504."""
+    params = jax.tree.map(np.copy, params_of(T5))
+    block = params["block_0"]
+    for name, factor in (("gate", 500.0), ("dense_1", 500.0), ("dense_2", 1e-3)):
+        block[name]["kernel"] *= factor
+    half = compiled(T5, "float16")(jax.tree.map(lambda p: p.astype(np.float16), params), IDS).last
+    full = compiled(T5)(params, IDS).last
+    assert half.dtype == jnp.float16
+    assert np.abs(half.astype(np.float32) - full).max() < 0.01 * np.abs(full).max()
+
+
 # Parameters as transformers and diffusers count them, where they build these sizes.
 @pytest.mark.parametrize(
     "config, parameters",
