@@ -111,9 +111,7 @@ def average_pool(x: Array) -> Array:
 
 def nearest_upsample(x: Array) -> Array:
     """Every pixel four times, [B, H, W, C] -> [B, 2H, 2W, C]."""
-    batch, height, width, channels = x.shape
-    repeated = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
-    return repeated.reshape(batch, 2 * height, 2 * width, channels)
+    return nearest_resize(x, 2 * x.shape[1], 2 * x.shape[2])
 
 
 def _fir(x: Array, gain: float, **options) -> Array:
@@ -216,7 +214,7 @@ class Upsample(nn.Module):
           [B, H', W', C].
         """
         twice = (2 * x.shape[1], 2 * x.shape[2])
-        x = nearest_upsample(x) if size in (None, twice) else nearest_resize(x, *size)
+        x = nearest_resize(x, *(size or twice))
         return nn.Conv(
             x.shape[-1],
             (3, 3),

@@ -1,5 +1,6 @@
 """Resizing: numbers that PyTorch printed, and the formula pixel by pixel."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -49,6 +50,14 @@ def test_nearest_gives_pytorchs_numbers_where_rounding_decides():
     x = np.arange(26, dtype=np.float32).reshape(1, 1, 26, 1)
     ours = nearest_resize(x, 2, 22)
     np.testing.assert_array_equal(ours[0, 1, :, 0], NEAREST_26_TO_22)
+
+
+def test_nearest_repeats_by_whole_factors_without_a_gather():
+    """A gather is slow on accelerators, and so is the scatter that is its gradient."""
+    x = np.random.default_rng(2).normal(size=(2, 2, 3, 2)).astype(np.float32)
+    np.testing.assert_array_equal(nearest_resize(x, 4, 9), x.repeat(2, axis=1).repeat(3, axis=2))
+    assert "gather" not in str(jax.make_jaxpr(lambda x: nearest_resize(x, 4, 9))(x))
+    assert "gather" in str(jax.make_jaxpr(lambda x: nearest_resize(x, 4, 8))(x))
 
 
 def test_the_same_size_is_the_identity_and_the_dtype_stays():
