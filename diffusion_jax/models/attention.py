@@ -213,7 +213,7 @@ class PixelAttention:
       norm_groups: groups of the norm; None for those of the network.
 
     Raises:
-      ValueError: if a number is below 1.
+      ValueError: if a number is below 1, or there are groups and no norm.
     """
 
     num_heads: int = 1
@@ -226,6 +226,8 @@ class PixelAttention:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.norm_groups is not None and not self.norm:
+            raise ValueError(f"norm_groups belongs to norm=True, got {self.norm_groups}")
 
 
 class AttentionBlock(nn.Module):

@@ -1,6 +1,6 @@
 """The configuration of a UNet's way down and bottom, level by level."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from diffusion_jax.models.attention import PixelAttention
@@ -18,6 +18,12 @@ def at_least_one(config: object, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_odd(config: object, name: str) -> None:
+    """Raises ValueError unless this field, a kernel that keeps the resolution, is odd."""
+    if getattr(config, name) % 2 == 0:
+        raise ValueError(f"{name} must be odd, got {getattr(config, name)}")
 
 
 def split_heads(channels: int, num_heads: int | None, head_dim: int | None) -> int:
@@ -99,7 +105,7 @@ class EncoderConfig:
         finer and added to (NCSN++; its norms have a quarter of the width as groups).
       downsample_padding: "symmetric" or "asymmetric", of the convolution on the way down,
         see `Downsample`.
-      conv_in_kernel: height and width of the first convolution's kernel.
+      conv_in_kernel: height and width of the first convolution's kernel, odd.
       center_input: x lies in [0, 1] and is centred first, x ← 2 x - 1.
       middle_blocks: residual blocks at the bottom; 0 for no bottom.
       middle_attention: what is between the two blocks at the bottom, as in a level.
@@ -151,6 +157,7 @@ class EncoderConfig:
             raise ValueError(f"levels must be a non-empty tuple of LevelConfig, got {self.levels}")
         at_least_one(self, "norm_groups", "time_embed_dim", "time_channels", "conv_in_kernel")
         at_least_one(self, "num_heads", "head_dim", "middle_attention_groups")
+        check_odd(self, "conv_in_kernel")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
         if self.time_channels is not None and isinstance(self.time_features, Fourier):
@@ -194,20 +201,26 @@ class EncoderConfig:
                 "middle_attention stands between two blocks, "
                 f"got middle_blocks = {self.middle_blocks}; set middle_attention=False"
             )
-        if self.middle is not None:
-            self.check_levels((self.middle,), places=1)
         if groups is not None and self.levels[-1].channels % groups:
             raise ValueError(
                 f"middle_attention_groups must divide {self.levels[-1].channels}, got {groups}"
             )
+        if self.middle is not None:
+            self.check_levels((self.middle,), places=1)
 
     def check_levels(
-        self, levels: tuple[LevelConfig, ...], *, places: int | None = None, more: int = 0
+        self,
+        levels: tuple[LevelConfig, ...],
+        *,
+        heads: Callable[[int], int] | None = None,
+        places: int | None = None,
+        more: int = 0,
     ) -> None:
         """Raises ValueError if this network cannot have the levels.
 
         Args:
           levels: from the finest to the coarsest.
+          heads: of a width, where a level does not say it; None for `heads` of the network.
           places: attentions of a level; None for one behind each residual block.
           more: residual blocks that a level has beside its num_blocks.
         """
@@ -218,7 +231,7 @@ class EncoderConfig:
                 f"from each to the next, got {[self.resample_of(level) for level in levels]}"
             )
         for level in levels:
-            self._check_width(level)
+            self._check_width(level, heads or self.heads)
             spec = level.attention
             depth = getattr(spec, "depth", 1)
             wanted = level.num_blocks + more if places is None else places
@@ -228,7 +241,7 @@ class EncoderConfig:
                     f"got {depth}"
                 )
 
-    def _check_width(self, level: LevelConfig) -> None:
+    def _check_width(self, level: LevelConfig, heads: Callable[[int], int]) -> None:
         pyramid = self.resample_of(level) == "pyramid"
         if self.norm_groups is not None and not pyramid and level.channels % self.norm_groups:
             raise ValueError(
@@ -237,12 +250,18 @@ class EncoderConfig:
             )
         spec = level.attention
         if spec is True:
-            self.heads(level.channels)
-        elif isinstance(spec, PixelAttention) and spec.head_dim is None:
-            split_heads(level.channels, spec.num_heads, None)
+            heads(level.channels)
+        elif isinstance(spec, PixelAttention):
+            if spec.head_dim is None:
+                split_heads(level.channels, spec.num_heads, None)
+            if level.channels % (spec.norm_groups or 1):
+                raise ValueError(
+                    f"norm_groups of an attention must divide channels = {level.channels}, "
+                    f"got {spec.norm_groups}"
+                )
         elif isinstance(spec, TextAttention | SpatialTransformer):
             says_nothing = spec.num_heads is spec.head_dim is None
-            spec.heads(level.channels, self.heads(level.channels) if says_nothing else 1)
+            spec.heads(level.channels, heads(level.channels) if says_nothing else 1)
 
     @property
     def embed_dim(self) -> int:

@@ -19,7 +19,13 @@ from diffusion_jax.models.blocks import (
 )
 from diffusion_jax.models.encoder import Encoder, Part
 from diffusion_jax.models.inputs import READS, DType, check_inputs
-from diffusion_jax.models.levels import EncoderConfig, LevelConfig, at_least_one, split_heads
+from diffusion_jax.models.levels import (
+    EncoderConfig,
+    LevelConfig,
+    at_least_one,
+    check_odd,
+    split_heads,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class UNetConfig(EncoderConfig):
       up_levels: the levels on the way up, again from the finest to the coarsest, where they are
         not `levels`; each has as many blocks as its counterpart on the way down.
       num_heads_up: heads of the attention on the way up; None for those of the way down.
-      conv_out_kernel: height and width of the last convolution's kernel.
+      conv_out_kernel: height and width of the last convolution's kernel, odd.
       divide_by_time: divide the output by t, as networks do that are told σ and predict the
         score (NCSN++).
       needs_vector: refuse a condition without a vector.
@@ -53,16 +59,14 @@ class UNetConfig(EncoderConfig):
     def __post_init__(self):
         super().__post_init__()
         at_least_one(self, "out_channels", "num_heads_up", "conv_out_kernel")
+        check_odd(self, "conv_out_kernel")
         numbers = [level.num_blocks for level in self.levels]
         if [level.num_blocks for level in self.way_up] != numbers:
             raise ValueError(
                 f"up_levels must have as many blocks as levels, {numbers}, since every skip is "
                 f"read once, got {[level.num_blocks for level in self.way_up]}"
             )
-        self.check_levels(self.way_up, more=1)
-        for level in self.way_up:
-            if level.attention is True:
-                self.heads_up(level.channels)
+        self.check_levels(self.way_up, heads=self.heads_up, more=1)
 
     @property
     def way_up(self) -> tuple[LevelConfig, ...]:

@@ -188,6 +188,11 @@ def test_specifications_without_heads_have_those_of_the_network(kind):
     assert UpLevel(config, level).heads(kind()) == 2
     assert UpLevel(config, level).heads(kind(num_heads=8)) == 8
     assert UpLevel(config, level).heads(kind(head_dim=8)) == 1
+    wide, narrow = LevelConfig(6, 1, attention=kind()), LevelConfig(4, 1, attention=kind())
+    config = UNetConfig(
+        levels=(wide,), up_levels=(narrow,), norm_groups=2, num_heads=3, num_heads_up=4
+    )
+    assert UpLevel(config, narrow).heads(kind()) == 4
     widths = UNetConfig(levels=(level,), norm_groups=2, head_dim=2)
     assert UpLevel(widths, level).heads(kind()) == 4
 
@@ -355,6 +360,19 @@ def test_half_precision_is_finite_and_near():
         (lambda: SpatialTransformer(depth=0), "every depth must be at least 1"),
         (lambda: SpatialTransformer(fuser="other"), "fuser must be None or one of"),
         (lambda: PixelAttention(0), "num_heads must be at least 1"),
+        (lambda: PixelAttention(norm=False, norm_groups=4), "belongs to norm=True, got 4"),
+        (
+            lambda: UNetConfig(levels=(LevelConfig(32, attention=PixelAttention(norm_groups=5)),)),
+            "must divide channels = 32, got 5",
+        ),
+        (lambda: UNetConfig(conv_in_kernel=4), "conv_in_kernel must be odd, got 4"),
+        (lambda: UNetConfig(conv_out_kernel=2), "conv_out_kernel must be odd, got 2"),
+        (
+            lambda: UNetConfig(
+                levels=(LevelConfig(32, attention=TextAttention()),), num_heads_up=5
+            ),
+            "num_heads = 5",
+        ),
         (
             lambda: UNetConfig(levels=(LevelConfig(32, attention=TextAttention(head_dim=5)),)),
             "head_dim = 5",
