@@ -14,7 +14,7 @@ from diffusion_jax.pretrained.components.compvis import FIRST_STAGES, LATENT_DIF
 
 MAX_BYTES = 2**20
 # YAML 1.1 takes 1e-5 for a word, the programs that wrote these files for a number.
-_NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)|[-+]?[0-9]*\.[0-9]+")
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)$")
 
 
 def read_settings(path: str | PathLike, weights: str | PathLike | None = None) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def read_values(path: str | PathLike) -> dict[str, Any]:
 def _parse(text: str, path: Path) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         pass
     try:
         import yaml
@@ -104,10 +104,21 @@ def _parse(text: str, path: Path) -> Any:
         ) from error
 
     class Loader(yaml.SafeLoader):
-        """The safe loader, for numbers such as 1e-5 too."""
+        """The safe loader, for numbers such as 1e-5 too, and without aliases."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            # A few lines of them can stand for more values than memory holds, or for themselves.
+            if self.check_event(yaml.AliasEvent):
+                raise UnsupportedOption(
+                    f"{path} refers to values by aliases (*name); write the values themselves"
+                )
+            return super().compose_node(parent, index)
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
     try:
         return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
+    except UnsupportedOption:
+        raise
+    # Besides its own error, PyYAML raises what Python says of a date such as 2022-13-01.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise UnsupportedOption(f"{path} is neither JSON nor plain YAML: {error}") from error

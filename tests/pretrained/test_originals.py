@@ -268,6 +268,7 @@ model:
   params:
     linear_start: 85e-5
     linear_end: 1.2e-2
+    monitor: 1.0.0
     scale_by_std: true
     unet_config: {target: x, params: {dropout: .5, image_size: 8, factors: [1, 2]}}
 data: null
@@ -282,6 +283,7 @@ def test_settings_are_plain_values_of_yaml_or_json(tmp_path):
     params = settings["model"]["params"]
     assert settings["_class_name"] == "ldm.models.diffusion.ddpm.LatentDiffusion"
     assert (params["linear_start"], params["linear_end"]) == (0.00085, 0.012)
+    assert params["monitor"] == "1.0.0"
     assert params["unet_config"]["params"] == {"dropout": 0.5, "image_size": 8, "factors": [1, 2]}
     assert (params["scale_factor"], params["scale_by_std"]) == (0.25, False)
     assert read_settings(path)["model"]["params"]["scale_by_std"] is True
@@ -292,6 +294,10 @@ def test_settings_are_plain_values_of_yaml_or_json(tmp_path):
 @pytest.mark.parametrize("text, words", [
     ("model: !!python/object/apply:os.getcwd []", "neither JSON nor plain YAML"),
     ("model: [", "neither JSON nor plain YAML"),
+    ("model: 2022-13-01", "neither JSON nor plain YAML: month must be in"),
+    ("model: !!bool maybe", "neither JSON nor plain YAML"),
+    ("[" * 2000, "neither JSON nor plain YAML: maximum recursion"),
+    ("model: &a {params: *a}", "by aliases"),
     ("model: 3", "a mapping with a mapping 'model'"),
     ("{}" + " " * 2**20, "longer than 1048576 bytes"),
 ])  # fmt: skip
