@@ -41,7 +41,7 @@ def read_vocabulary(text: str, name: str) -> dict[str, int]:
     """
     try:
         vocabulary = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: not JSON ({error})") from error
     if not isinstance(vocabulary, dict) or sorted(
         number if type(number) is int else -1 for number in vocabulary.values()

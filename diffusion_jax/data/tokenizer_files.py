@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,7 +78,7 @@ class Folder(NamedTuple):
                 return self.files[name].decode()
             with gzip.open(io.BytesIO(self.files[name + ".gz"])) as file:
                 return _bounded(file.read(_MAX_BYTES + 1), path).decode()
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise ValueError(f"{path}: cannot be read ({error})") from error
 
 
@@ -119,7 +120,7 @@ def read_config(folder: Folder) -> dict[str, Any]:
     path = folder.path / CONFIG
     try:
         config = json.loads(folder.files[CONFIG])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected an object, got {type(config).__name__}")

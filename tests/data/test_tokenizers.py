@@ -309,6 +309,8 @@ def test_vocabularies_that_do_not_fit_say_why(tmp_path, monkeypatch):
         read_vocabulary('{"a": 0, "b": 2}', "encoder.json")
     with pytest.raises(ValueError, match="encoder.json: not JSON"):
         read_vocabulary("{", "encoder.json")
+    with pytest.raises(ValueError, match="encoder.json: not JSON"):
+        read_vocabulary("[" * 10**5, "encoder.json")
     with pytest.raises(ValueError, match="vocab.bpe, line 3: expected two pieces, got 'a b c'"):
         read_merges("#version\nc a\na b c\n", "vocab.bpe")
     with pytest.raises(ValueError, match="lacks 1 pieces, the first is 'xy'"):
@@ -318,9 +320,10 @@ def test_vocabularies_that_do_not_fit_say_why(tmp_path, monkeypatch):
     (tmp_path / "vocab.bpe").unlink()
     write(tmp_path, vocab__bpe__gz=packed)
     assert from_folder(tmp_path, length=2)("cat").ids[0] == 257
-    write(tmp_path, vocab__bpe__gz=packed[:-12])
-    with pytest.raises(ValueError, match="vocab.bpe: cannot be read"):
-        from_folder(tmp_path, length=2)
+    for broken_gz in (packed[:-12], packed[:10] + b"\xff" + packed[11:]):
+        write(tmp_path, vocab__bpe__gz=broken_gz)
+        with pytest.raises(ValueError, match="vocab.bpe: cannot be read"):
+            from_folder(tmp_path, length=2)
     write(tmp_path, vocab__bpe__gz=gzip.compress(b"a" * 10**5))
     monkeypatch.setattr(tokenizer_files, "_MAX_BYTES", 10**4)
     with pytest.raises(ValueError, match="more than 10000 bytes"):
