@@ -149,6 +149,12 @@ def _variants(folder: Path, stem: str) -> list[str]:
     return sorted(name.partition("-")[0] for name in found)
 
 
+def has_weights(folder: str | PathLike, *, variant: str | None = None) -> bool:
+    """Whether a folder has the files, or their index, that `open_weights` would open."""
+    names = [name for stem in STEMS for name in weight_names(stem, variant)]
+    return any((Path(folder) / name).exists() for name in names)
+
+
 def open_weights(
     folder: str | PathLike, *, variant: str | None = None, stems: Sequence[str] = STEMS
 ) -> WeightsFile | ShardedWeights:

@@ -5,6 +5,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from diffusion_jax.data.tokenizer_files import FILES as TOKENIZER_FILES
 from diffusion_jax.data.tokenizers import Tokenizer
 from diffusion_jax.data.tokenizers import from_folder as load_tokenizer
 from diffusion_jax.io.safetensors import WeightsFileError
@@ -30,17 +31,6 @@ from diffusion_jax.pretrained.pipelines import (
 )
 from diffusion_jax.pretrained.runs import Trained, is_run, load_run
 from diffusion_jax.pretrained.schedulers import Scheduler
-
-# One of these is in every folder of a tokenizer.
-TOKENIZER_FILES = (
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "encoder.json",
-    "encoder.json.gz",
-)
 
 _NETWORK_OPTIONS = ("dtype", "variant", "shardings", "check_finite", "ignore_unknown")
 _FILE_OPTIONS = ("config", "dtype", "shardings", "weights", "check_finite", "ignore_unknown")
@@ -194,18 +184,25 @@ def _below(path: Path, subfolder: str | None) -> Path:
     parts = Path(subfolder).parts
     if Path(subfolder).is_absolute() or ".." in parts or not parts:
         raise ValueError(f"subfolder must lie in the folder, got {subfolder!r}")
+    if path.is_file():
+        raise ValueError(f"subfolder is for folders, and {path} is a file")
     if not (path / subfolder).is_dir():
-        there = sorted(each.name for each in path.iterdir() if each.is_dir())
+        there = [name for name in _names(path) if (path / name).is_dir()]
         raise FileNotFoundError(f"{path} has no folder {subfolder!r}; it has {there}")
     return path / subfolder
 
 
+def _names(path: Path) -> list[str]:
+    """What a folder holds; of a repository without configurations no folder is made."""
+    return sorted(each.name for each in path.iterdir()) if path.exists() else []
+
+
 def _unknown_folder(path: Path) -> str:
-    names = sorted(each.name for each in path.iterdir())
+    names = _names(path)
     shown = ", ".join(names[:20]) + (" …" if len(names) > 20 else "")
     message = (
         f"{path} must hold {CONFIG}, {INDEX}, {SCHEDULER_CONFIG}, a tokenizer's files or a run; it "
-        f"has {shown or 'nothing'}"
+        f"has {shown or 'nothing'}. Weights alone are read by from_original, or with config="
     )
     if any(Path(name).suffix in PICKLES for name in names):
         message += (

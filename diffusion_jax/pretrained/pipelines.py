@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffusion_jax.data.tokenizer_files import KINDS
 from diffusion_jax.data.tokenizers import Tokenizer
 from diffusion_jax.data.tokenizers import from_folder as load_tokenizer
 from diffusion_jax.io.files import write_text
 from diffusion_jax.io.safetensors import WeightsFileError
-from diffusion_jax.io.shards import DEFAULT_SHARD_BYTES, open_weights, read_json
+from diffusion_jax.io.shards import DEFAULT_SHARD_BYTES, has_weights, open_weights, read_json
 from diffusion_jax.pretrained.networks import (
     CONFIG,
     Loaded,
@@ -24,14 +25,7 @@ from diffusion_jax.pretrained.schedulers import CLASSES, Scheduler, from_config,
 INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 
-TOKENIZERS: Mapping[str, str] = {
-    "CLIPTokenizer": "clip",
-    "CLIPTokenizerFast": "clip",
-    "BertTokenizer": "bert",
-    "BertTokenizerFast": "bert",
-    "T5Tokenizer": "t5",
-    "T5TokenizerFast": "t5",
-}
+_TOKENIZERS = tuple(name for kind in KINDS.values() for name in kind.classes)
 # Parts that check or mark finished pictures, or prepare pictures for encoders; no sampler needs
 # them, and a pipeline is the same without.
 LEFT_OUT = (
@@ -121,7 +115,7 @@ def parts_with_weights(folder: Path) -> list[str]:
     """
     found = []
     for name, entry in _entries(folder)[1].items():
-        if entry is None or entry[1] in (*LEFT_OUT, *TOKENIZERS) or is_scheduler(entry[1]):
+        if entry is None or entry[1] in (*LEFT_OUT, *_TOKENIZERS) or is_scheduler(entry[1]):
             continue
         component_of(entry[1], folder / INDEX)
         found.append(name)
@@ -146,12 +140,7 @@ def load_scheduler(folder: Path) -> Scheduler:
 
 def _variant_of(folder: Path, variant: str | None) -> str | None:
     """The variant of a part; as in diffusers, a part that does not have it gives its plain one."""
-    if variant is not None:
-        try:
-            open_weights(folder, variant=variant)
-        except WeightsFileError:
-            return None
-    return variant
+    return variant if has_weights(folder, variant=variant) else None
 
 
 def _shardings_of(shardings: Any, name: str) -> Any:
@@ -184,7 +173,7 @@ def load_pipeline(
     for name, entry in entries.items():
         if entry is None or entry[1] in LEFT_OUT:
             parts[name] = None
-        elif entry[1] in TOKENIZERS:
+        elif entry[1] in _TOKENIZERS:
             parts[name] = load_tokenizer(folder, subfolder=name, length=token_length)
         elif is_scheduler(entry[1]):
             parts[name] = load_scheduler(part_folder(folder, name))
@@ -211,8 +200,7 @@ def _entry(pipeline: Pipeline, name: str) -> list[str | None]:
     if name in pipeline.entries:
         return list(pipeline.entries[name])
     if isinstance(part, Tokenizer):
-        (class_name, *_) = [cls for cls, kind in TOKENIZERS.items() if kind == part.kind]
-        return ["transformers", class_name]
+        return ["transformers", KINDS[part.kind].classes[0]]
     config = component_of(part.class_name, name).write(part.config)
     library = "diffusers" if "_class_name" in config else "transformers"
     return [_LIBRARIES.get(part.class_name, library), part.class_name]

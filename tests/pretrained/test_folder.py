@@ -248,6 +248,8 @@ def test_a_place_that_is_none_says_what_is_expected(folder, tmp_path):
             from_pretrained(folder, subfolder=subfolder)
     with pytest.raises(WeightsFileError, match="it has toy"):
         from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="subfolder is for folders"):
+        from_pretrained(folder / "config.json", subfolder="unet")
 
 
 @pytest.mark.parametrize(

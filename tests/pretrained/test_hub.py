@@ -121,6 +121,18 @@ def test_a_repository_without_safetensors_is_refused(hub):
         from_pretrained("owner/toy")
 
 
+def test_a_repository_of_weights_alone_says_how_they_are_read(hub):
+    remote, _, cache = hub
+    save_pretrained(toy(), remote)
+    (remote / "config.json").unlink()
+    assert not cache.exists()
+    with pytest.raises(WeightsFileError, match="it has nothing. Weights alone .* from_original"):
+        from_pretrained("owner/toy")
+    with pytest.raises(FileNotFoundError, match="no folder 'unet'"):
+        from_pretrained("owner/toy", subfolder="unet")
+    same(from_pretrained("owner/toy", config={"_class_name": "ToyModel", "width": 6}), toy())
+
+
 def test_a_folder_comes_before_the_hub(hub, tmp_path):
     _, asked, _ = hub
     save_pretrained(toy(), tmp_path / "owner" / "toy")

@@ -95,6 +95,11 @@ def test_parts_are_loaded_by_themselves_too(pipeline, tmp_path):
             assert (tmp_path / f"new_{part}" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_a_tokenizer_is_known_by_any_of_its_files(tmp_path):
+    (tmp_path / "bpe_simple_vocab_16e6.txt").write_text('"#version: 0.2\na t</w>\nc at</w>\n')
+    assert from_pretrained(tmp_path, token_length=6).kind == "clip"
+
+
 def test_the_class_of_the_index_is_the_one_that_is_built(pipeline, tmp_path):
     """As in diffusers: a folder's own config.json may be of a larger class."""
     save_pretrained(pipeline, tmp_path)
@@ -144,6 +149,11 @@ def test_a_variant_is_taken_where_there_is_one(pipeline, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, read[name].params, expected.params)
     with pytest.raises(WeightsFileError, match="variant 'bf16'"):
         from_pretrained(tmp_path, variant="bf16")
+    # A variant that is there and broken is no reason to take the plain file.
+    save_pretrained(toy("ToyTextModel"), tmp_path / "text_encoder", variant="fp16")
+    (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(bytes(9))
+    with pytest.raises(WeightsFileError, match=r"model\.fp16\.safetensors: "):
+        from_pretrained(tmp_path, variant="fp16")
 
 
 def test_dtype_and_shardings_reach_every_network(pipeline, tmp_path):
