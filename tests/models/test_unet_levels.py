@@ -48,6 +48,7 @@ def normal(*shape):
     return RANDOM.normal(size=shape).astype(np.float32)
 
 
+MASK = np.asarray([[True] * 5, [True, True, False, False, False]])
 X, T, TOKENS = normal(2, 4, 4, 3), np.asarray([3.0, 500.0], np.float32), normal(2, 5, 6)
 
 
@@ -109,8 +110,7 @@ def test_groups_of_the_norm_at_the_bottom():
 
 
 def test_transformers_heed_the_mask_and_need_the_tokens():
-    mask = np.asarray([[True] * 5, [True, True, False, False, False]])
-    changed = TOKENS.copy()
+    mask, changed = MASK, TOKENS.copy()
     changed[1, 2:] += 1.0
 
     def told(tokens, mask):
@@ -321,11 +321,12 @@ def test_upsampling_to_an_odd_size_drops_a_row():
     np.testing.assert_allclose(module.apply(params, x, (5, 8)), expected, atol=1e-6)
 
 
-def test_half_precision_is_finite_and_near():
-    levels = (LevelConfig(8, 1, resample="pyramid"), SD.levels[0])
-    config = dataclasses.replace(SD, levels=levels)
-    full, params = apply(config)
-    half, _ = apply(config, params=params, dtype="bfloat16")
+@pytest.mark.parametrize("config", [SD, NCSN], ids=["transformer", "pyramid"])
+def test_half_precision_is_finite_and_near(config):
+    """Of networks whose program in full precision other tests have compiled."""
+    cond = Condition(tokens=TOKENS, token_mask=MASK) if config is SD else Condition()
+    full, params = apply(config, cond=cond)
+    half, _ = apply(config, cond=cond, params=params, dtype="bfloat16")
     assert half.dtype == jnp.bfloat16
     assert np.abs(half.astype("f4") - full).max() < 0.1 * np.abs(full).max()
 
