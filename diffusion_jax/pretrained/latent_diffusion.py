@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diffusion_jax.core.schedules import Cosine, DiscreteSchedule, Linear, ScaledLinear, root_betas
-from diffusion_jax.io.tables.unet import UnsupportedOption
+from diffusion_jax.io.tables.options import UnsupportedOption
 from diffusion_jax.training.ema import EMA
 from diffusion_jax.training.rates import Cycle
 

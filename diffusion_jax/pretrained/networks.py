@@ -160,8 +160,10 @@ def _read(component: Component, config: Mapping[str, Any], path: Path, ignore_un
         return _read(component, left, path, False)
     except UnsupportedOption as error:
         raise UnsupportedOption(f"{path}: {error}") from error
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{path}: an option has a value of the wrong kind: {error!r}") from error
 
 
 def load_network(
@@ -183,7 +185,10 @@ def load_network(
     component = component_of(class_name, path)
     ours = _read(component, config, path, ignore_unknown)
     dtype = floating_dtype(dtype)
-    expected = with_dtype(component.shapes(ours), dtype)
+    try:
+        expected = with_dtype(component.shapes(ours), dtype)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"{path}: no network can be built of these options: {error}") from error
     is_file = folder.is_file()
     tensors = WeightsFile(folder) if is_file else open_weights(folder, variant=variant)
     if check_finite:

@@ -323,7 +323,10 @@ def test_what_we_do_not_compute_is_refused_by_name(config, message):
         ({"ddconfig": {**COMPVIS["ddconfig"], "attn_type": "linear"}}, "attn_type .* 'linear'"),
         ({"ddconfig": {**COMPVIS["ddconfig"], "dropout": 0.1}}, "dropout .* got 0.1"),
         ({"ddconfig": {**COMPVIS["ddconfig"], "chs": 3}}, "'chs'"),
-        ({"ddconfig": {"ch": 3}}, "missing"),
+        ({"ddconfig": {"ch": 3}}, "must have the option out_ch, num_res_blocks"),
+        ({"ddconfig": {**COMPVIS["ddconfig"], "resolution": None}}, "resolution .* got None"),
+        ({"ddconfig": None}, "options by their names, got None"),
+        ({"embed_dim": "4"}, "embed_dim .* got '4'"),
     ],
 )
 def test_what_we_do_not_compute_of_compvis_is_refused(change, message):

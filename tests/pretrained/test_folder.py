@@ -138,6 +138,16 @@ def test_shardings_are_a_tree_or_one_for_all(folder):
         from_pretrained(folder, shardings=lambda path, shape: "data")
 
 
+@pytest.mark.parametrize("width", [None, [6], "6", 1.5])
+def test_values_of_the_wrong_kind_name_the_file(folder, width):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "width": width}))
+    with pytest.raises(
+        ValueError, match=r"config\.json: .*(of the wrong kind|default 6|no network)"
+    ):
+        from_pretrained(folder)
+
+
 def test_an_unknown_class_is_no_import(folder):
     """The name of a class is looked up in the table, whatever it looks like."""
     config = folder / "config.json"

@@ -170,13 +170,14 @@ def test_the_null_text_is_all_padding():
 @pytest.mark.parametrize("change, words", [
     ({"xf_ar": 0.5}, "xf_ar must be 0, got 0.5"),
     ({"num_classes": 3}, "num_classes must be None, got 3"),
-    ({"use_new_attention_order": True}, "unknown options.*use_new_attention_order"),
+    ({"use_new_attention_order": True}, "no option .use_new_attention_order"),
     ({"dims": 1}, "dims must be 2"),
+    ({"xf_layers": None}, "xf_layers .* got None"),
 ])  # fmt: skip
 def test_what_our_networks_do_not_have_is_named(change, words):
     with pytest.raises(UnsupportedOption, match=words):
         glide_config({**BASE, **change})
     with pytest.raises(UnsupportedOption, match="'Text2ImUNet'.*got 'UNet'"):
         glide_config(BASE, "UNet")
-    with pytest.raises(UnsupportedOption, match="missing: .'text_ctx'"):
+    with pytest.raises(UnsupportedOption, match="must have the option text_ctx"):
         glide_config({name: value for name, value in BASE.items() if name != "text_ctx"})

@@ -4,8 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from diffusion_jax.io.mapping import Row, prefixed
-from diffusion_jax.io.tables.options import complete, require, require_integers
-from diffusion_jax.io.tables.unet import UnsupportedOption, has_old_attention_names
+from diffusion_jax.io.tables.options import (
+    UnsupportedOption,
+    complete,
+    require,
+    require_integers,
+    require_lists,
+)
+from diffusion_jax.io.tables.unet import has_old_attention_names
 
 # What the peer's classes share.
 _BACKBONE: Mapping[str, Any] = {
@@ -483,12 +489,12 @@ def _compvis_arguments(params: Mapping[str, Any], names: Sequence[str]) -> Mappi
             f"unknown: {unknown}; missing: {missing}"
         )
     owner = "a first stage's ddconfig"
-    defaults = {**dict.fromkeys(_DDCONFIG_REQUIRED), **_DDCONFIG}
-    full = complete(params["ddconfig"], defaults, owner)
-    missing = [option for option in _DDCONFIG_REQUIRED if option not in params["ddconfig"]]
-    if missing:
-        raise UnsupportedOption(f"options that {owner} must have are missing: {missing}")
+    full = complete(params["ddconfig"], _DDCONFIG, owner, required=_DDCONFIG_REQUIRED)
     require(full, _DDCONFIG_SUPPORTED, owner)
+    require_integers(params, ("embed_dim",), "a first stage")
+    lists = ("ch_mult", "attn_resolutions")
+    require_lists(full, lists, owner)
+    require_integers(full, [o for o in _DDCONFIG_REQUIRED if o not in lists], owner)
     if full["dropout"] != 0:
         raise UnsupportedOption(f"dropout of {owner} must be 0, got {full['dropout']!r}")
     return full

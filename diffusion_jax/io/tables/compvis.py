@@ -5,14 +5,19 @@ from typing import Any
 
 from diffusion_jax.io.mapping import MappingError, Row
 from diffusion_jax.io.tables import openai
-from diffusion_jax.io.tables.options import UnsupportedOption, complete, require
+from diffusion_jax.io.tables.options import (
+    UnsupportedOption,
+    complete,
+    require,
+    require_integers,
+    require_lists,
+)
 from diffusion_jax.io.tables.transformer import spatial_transformer_rows
 from diffusion_jax.io.tables.unet_blocks import UNetForm
 
 UNET = "openaimodel.UNetModel"
 REQUIRED = openai.REQUIRED
 UNET_DEFAULTS: Mapping[str, Any] = {
-    **dict.fromkeys(REQUIRED),
     **openai.UNET_DEFAULTS,
     "num_heads": -1,
     "use_bf16": False,
@@ -38,11 +43,10 @@ _SEQUENTIAL, _CONTINUOUS = "sequential", "continuous"
 
 
 def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
-    full = complete(config, UNET_DEFAULTS, UNET)
-    missing = [option for option in REQUIRED if option not in config]
-    if missing:
-        raise UnsupportedOption(f"options that {UNET} must have are missing: {missing}")
+    full = complete(config, UNET_DEFAULTS, UNET, required=REQUIRED)
     require(full, _SUPPORTED, UNET)
+    require_integers(full, ("in_channels", "model_channels", "out_channels"), UNET)
+    require_lists(full, ("attention_resolutions", "channel_mult"), UNET)
     mults = tuple(full["channel_mult"])
     if not mults or mults[0] != 1 or any(mult != int(mult) for mult in mults):
         raise UnsupportedOption(
@@ -61,6 +65,7 @@ def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_attention(full: Mapping[str, Any], depth: int) -> None:
+    require_integers(full, [o for o in ("num_heads", "num_head_channels") if full[o] != -1], UNET)
     if full["num_heads"] == full["num_head_channels"] == -1:
         raise UnsupportedOption(f"{UNET} needs num_heads or num_head_channels, got neither")
     if full["use_spatial_transformer"] != (full["context_dim"] is not None):

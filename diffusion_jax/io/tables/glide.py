@@ -19,7 +19,7 @@ from diffusion_jax.io.tables.openai import (
     resample_of,
     self_attention_rows,
 )
-from diffusion_jax.io.tables.unet import UnsupportedOption
+from diffusion_jax.io.tables.options import UnsupportedOption, require_integers
 
 
 class Glide(NamedTuple):
@@ -81,6 +81,9 @@ def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
     for option, values in _SUPPORTED.items():
         if full[option] not in values:
             raise UnsupportedOption(f"{option} must be {values[0]}, got {full[option]!r}")
+    if full["xf_width"]:
+        text = ("text_ctx", "xf_width", "xf_layers", "xf_heads", "n_vocab")
+        require_integers(full, text, "the network")
     return full
 
 

@@ -7,7 +7,7 @@ from diffusion_jax.io.tables.autoencoder import COMPVIS_IGNORE, compvis_kl_confi
 from diffusion_jax.io.tables.clip import ORIGINAL_IGNORED, POSITION_IDS, clip_text_config
 from diffusion_jax.io.tables.compvis import UNET, compvis_unet_config
 from diffusion_jax.io.tables.ldm_bert import bert_embedder_config
-from diffusion_jax.io.tables.options import UnsupportedOption, complete, require
+from diffusion_jax.io.tables.options import UnsupportedOption, complete, require, require_integers
 from diffusion_jax.io.tables.unet_blocks import UNetForm
 
 # What precedes the names of the parts in a file.
@@ -142,7 +142,10 @@ def _target(config: Any, what: str) -> tuple[str, dict[str, Any]]:
     unknown = sorted(set(config) - {"target", "params"} - {"base_learning_rate"})
     if unknown:
         raise UnsupportedOption(f"{what} has target and params, got {unknown} as well")
-    return config["target"], dict(config.get("params") or {})
+    params = config.get("params") or {}
+    if not isinstance(params, Mapping):
+        raise UnsupportedOption(f"params of {what} must be an object, got {params!r:.99}")
+    return config["target"], dict(params)
 
 
 def _first_stage(config: Any, scale: float) -> Part | None:
@@ -205,6 +208,7 @@ def _bert(params: Mapping[str, Any]) -> Part:
 def _classes(params: Mapping[str, Any]) -> Part:
     defaults = {"embed_dim": None, "n_classes": 1000, "key": "class"}
     full = complete(params, defaults, "ClassEmbedder")
+    require_integers(full, ("embed_dim", "n_classes"), "ClassEmbedder")
     return Part("class", {"num_classes": full["n_classes"], "dim": full["embed_dim"]})
 
 

@@ -1,11 +1,11 @@
 """OpenAI's guided-diffusion: its constructors' arguments and its names as those of our networks."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from diffusion_jax.io.mapping import Row, Share, prefixed
-from diffusion_jax.io.tables.unet import UnsupportedOption
+from diffusion_jax.io.tables import options
+from diffusion_jax.io.tables.options import UnsupportedOption
 
 
 class ADMUNet(NamedTuple):
@@ -81,18 +81,11 @@ def complete(
     """Arguments of a constructor with its defaults.
 
     Raises:
-      UnsupportedOption: naming what is unknown or missing, and what is not for images.
+      UnsupportedOption: naming what is unknown, missing or of another kind, and what is not for
+        images.
     """
-    missing = [option for option in required if option not in config]
-    unknown, hints = sorted(set(config) - set(required) - set(defaults)), []
-    for option in unknown:
-        near = difflib.get_close_matches(option, (*required, *defaults), n=1)
-        hints.append(f"{option!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-    if unknown or missing:
-        raise UnsupportedOption(
-            f"unknown options of the network: {', '.join(hints) or 'none'}; missing: {missing}"
-        )
-    full = {**defaults, **config}
+    owner = "the network"
+    full = options.complete(config, defaults, owner, required=required)
     if full["dims"] != 2:
         raise UnsupportedOption(
             f"dims must be 2, since our networks are for images, got {full['dims']}"
@@ -101,6 +94,8 @@ def complete(
         raise UnsupportedOption(
             f"num_res_blocks must be one number for all levels, got {full['num_res_blocks']!r}"
         )
+    options.require_integers(full, ("in_channels", "model_channels", "out_channels"), owner)
+    options.require_lists(full, ("attention_resolutions", "channel_mult"), owner)
     return full
 
 

@@ -21,17 +21,29 @@ class UnknownOptions(UnsupportedOption):
         super().__init__(message)
 
 
-def complete(config: Mapping[str, Any], defaults: Mapping[str, Any], owner: str) -> dict[str, Any]:
+def complete(
+    config: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    owner: str,
+    *,
+    required: Sequence[str] = (),
+) -> dict[str, Any]:
     """The options of a config.json with the other library's defaults filled in.
 
     Args:
       config: the parsed file; keys that start with "_" are metadata.
-      defaults: every option of the class and its default.
+      defaults: every option of the class that has a default, and that.
       owner: name of the class, for messages.
+      required: the other options.
 
     Raises:
       UnknownOptions: naming the options that the class does not have.
+      UnsupportedOption: if `config` is no mapping, a required option is missing, or an option is
+        text or an object where its default is a number or a truth value.
     """
+    if not isinstance(config, Mapping):
+        raise UnsupportedOption(f"{owner} must have options by their names, got {config!r:.99}")
+    defaults = {**dict.fromkeys(required), **defaults}
     given = {key: value for key, value in config.items() if not key.startswith("_")}
     unknown, problems = sorted(set(given) - set(defaults)), []
     for key in unknown:
@@ -42,6 +54,14 @@ def complete(config: Mapping[str, Any], defaults: Mapping[str, Any], owner: str)
             f"{owner} has no option {', '.join(problems)}; it has {', '.join(sorted(defaults))}",
             unknown,
         )
+    missing = [option for option in required if option not in given]
+    if missing:
+        raise UnsupportedOption(f"{owner} must have the option {', '.join(missing)}")
+    for option, value in given.items():
+        if isinstance(defaults[option], int | float) and isinstance(value, str | Mapping):
+            raise UnsupportedOption(
+                f"{option} of {owner} must be like its default {defaults[option]!r}, got {value!r}"
+            )
     return {**defaults, **given}
 
 
@@ -60,6 +80,15 @@ def require(options: Mapping[str, Any], supported: Mapping[str, Sequence[Any]], 
             raise UnsupportedOption(
                 f"{option} of {owner} must be {expected} here, got {options[option]!r}"
             )
+
+
+def require_lists(options: Mapping[str, Any], names: Sequence[str], owner: str) -> None:
+    """Raises UnsupportedOption unless these options are lists of numbers."""
+    for name in names:
+        value = options[name]
+        is_list = isinstance(value, list | tuple)
+        if not is_list or not all(isinstance(each, int | float) for each in value):
+            raise UnsupportedOption(f"{name} of {owner} must be a list of numbers, got {value!r}")
 
 
 def require_integers(options: Mapping[str, Any], names: Sequence[str], owner: str) -> None:

@@ -22,7 +22,7 @@ from diffusion_jax.io.tables.glide import (
     glide_text_rows,
     glide_unet_rows,
 )
-from diffusion_jax.io.tables.unet import UnsupportedOption
+from diffusion_jax.io.tables.options import UnsupportedOption
 from diffusion_jax.models.embeddings import Sinusoidal
 from diffusion_jax.models.encoder import LevelConfig
 from diffusion_jax.models.inputs import DType
