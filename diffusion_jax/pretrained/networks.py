@@ -98,10 +98,13 @@ def floating_dtype(dtype: Any) -> np.dtype:
     Raises:
       ValueError: if it is no floating-point dtype.
     """
-    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype must be of floating point, such as 'bfloat16', got {dtype}")
-    return dtype
+    try:
+        found = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(f"dtype must be of floating point, such as 'bfloat16', got {dtype!r}")
+    return found
 
 
 def sharding_of(shardings: Shardings | None, shapes: Params) -> dict[str, Any]:

@@ -54,8 +54,8 @@ class Pipeline(Mapping[str, Any]):
       parts: name -> `Loaded`, `Scheduler`, `Tokenizer`, or None where the pipeline may have a part
         and this one does not, or where the part is one of `LEFT_OUT`.
       options: what else model_index.json says, "force_zeros_for_empty_prompt".
-      entries: the [library, class] of parts as they were read; of other parts it follows from
-        the part.
+      entries: the [library, class] of parts as they were read; of other parts, and of those of
+        another class now, it follows from the part.
     """
 
     class_name: str
@@ -197,10 +197,14 @@ def _entry(pipeline: Pipeline, name: str) -> list[str | None]:
         return [None, None]
     if isinstance(part, Scheduler):
         return ["diffusers", part.class_name]
-    if name in pipeline.entries:
-        return list(pipeline.entries[name])
+    known = pipeline.entries.get(name, (None, None))
     if isinstance(part, Tokenizer):
-        return ["transformers", KINDS[part.kind].classes[0]]
+        classes = KINDS[part.kind].classes
+        if not classes:
+            raise ValueError(f"a pipeline has no class for the {part.kind} tokenizer {name!r}")
+        return list(known) if known[1] in classes else ["transformers", classes[0]]
+    if known[1] == part.class_name:
+        return list(known)
     config = component_of(part.class_name, name).write(part.config)
     library = "diffusers" if "_class_name" in config else "transformers"
     return [_LIBRARIES.get(part.class_name, library), part.class_name]

@@ -270,6 +270,7 @@ def test_a_place_that_is_none_says_what_is_expected(folder, tmp_path):
         ({"token_length": 77}, "token_length has no meaning"),
         ({"variant": "fp16"}, "variant 'fp16'.* there is variant=None"),
         ({"dtype": "int8"}, "dtype must be of floating point"),
+        ({"dtype": "fp16"}, "dtype must be of floating point.* got 'fp16'"),
     ],
 )
 def test_options_without_meaning_are_refused(options, message, folder):

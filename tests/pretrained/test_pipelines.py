@@ -1,6 +1,7 @@
 """Pipelines: parts by name, what is left out, and the way back to a folder."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -175,6 +176,22 @@ def test_dtype_and_shardings_reach_every_network(pipeline, tmp_path):
     assert read["unet"].params["last"]["kernel"].devices() == {jax.devices()[1]}
     with pytest.raises(ValueError, match=r"shardings of \['net'\], but the networks are"):
         from_pretrained(tmp_path, shardings={"net": tree})
+
+
+def test_a_part_of_another_class_is_written_as_what_it_is(pipeline, tokenizer, tmp_path):
+    save_pretrained(pipeline, tmp_path / "a")
+    change(tmp_path / "a", unet=["library", "ToyModel"], tokenizer=["other", "BertTokenizerFast"])
+    read = from_pretrained(tmp_path / "a")
+    parts = {**read, "text_encoder": toy()}
+    save_pretrained(replace(read, parts=parts), tmp_path / "b")
+    index = index_of(tmp_path / "b")
+    assert index["text_encoder"] == ["diffusers", "ToyModel"]
+    assert index["unet"] == ["library", "ToyModel"]
+    assert index["tokenizer"] == ["other", "BertTokenizerFast"]
+    assert from_pretrained(tmp_path / "b")["text_encoder"].class_name == "ToyModel"
+    glide = replace(tokenizer, kind="glide")
+    with pytest.raises(ValueError, match="no class for the glide tokenizer 'tokenizer'"):
+        save_pretrained(replace(read, parts={"tokenizer": glide}), tmp_path / "c")
 
 
 def test_what_is_no_part_is_not_written(pipeline, tmp_path):
