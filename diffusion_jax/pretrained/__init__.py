@@ -9,7 +9,6 @@ from diffusion_jax.pretrained.pipelines import Pipeline
 from diffusion_jax.pretrained.published import PUBLISHED, Published
 from diffusion_jax.pretrained.runs import Trained
 from diffusion_jax.pretrained.schedulers import Scheduler, from_config, to_config
-from diffusion_jax.pretrained.settings import read_settings
 
 __all__ = [
     "COMPONENTS",
@@ -26,7 +25,6 @@ __all__ = [
     "from_config",
     "from_original",
     "from_pretrained",
-    "read_settings",
     "save_original",
     "save_pretrained",
     "to_config",

@@ -10,40 +10,10 @@ from typing import Any
 from diffusion_jax.io.safetensors import WeightsFile
 from diffusion_jax.io.shards import open_weights
 from diffusion_jax.io.tables.options import UnsupportedOption
-from diffusion_jax.pretrained.components.compvis import FIRST_STAGES, LATENT_DIFFUSION_CLASS
 
 MAX_BYTES = 2**20
 # YAML 1.1 takes 1e-5 for a word, the programs that wrote these files for a number.
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)$")
-
-
-def read_settings(path: str | PathLike, weights: str | PathLike | None = None) -> dict[str, Any]:
-    """The `config` for `from_pretrained` of a latent diffusion's or an autoencoder's original file.
-
-    from_pretrained("v1-5.safetensors", config=read_settings("v1-inference.yaml"))
-
-    Args:
-      path: the settings, YAML or JSON. YAML needs PyYAML, which transformers brings along, and is
-        read by its safe loader: it cannot make anything but plain values.
-      weights: the safetensors file. Needed where the settings say `scale_by_std`: the factor of
-        the latents, which was measured in training, is in the file.
-
-    Returns:
-      {"_class_name": …, "model": …}.
-
-    Raises:
-      UnsupportedOption: if it is not a mapping with "model" and nothing else but what a training
-        run's settings hold, or longer than 1 MiB; if the factor is in neither file.
-      ImportError: if it is YAML and PyYAML is not installed.
-    """
-    settings = read_values(path)
-    if not isinstance(settings.get("model"), dict):
-        raise UnsupportedOption(f"{path} must be a mapping with a mapping 'model'")
-    settings = settings if weights is None else with_scale_factor(settings, weights)
-    name = str(settings["model"].get("target"))
-    # Subclasses differ in how conditions are made, not in the file.
-    name = name if name in FIRST_STAGES else LATENT_DIFFUSION_CLASS
-    return {"_class_name": name, **settings}
 
 
 def with_scale_factor(settings: Mapping[str, Any], weights: str | PathLike) -> dict[str, Any]:
@@ -72,7 +42,10 @@ def with_scale_factor(settings: Mapping[str, Any], weights: str | PathLike) -> d
 
 
 def read_values(path: str | PathLike) -> dict[str, Any]:
-    """The plain values of a YAML or JSON file; see `read_settings`.
+    """The plain values of a YAML or JSON file.
+
+    YAML needs PyYAML, which transformers brings along, and is read by its safe loader, which makes
+    nothing but plain values.
 
     Raises:
       UnsupportedOption: if it is not a mapping, or longer than 1 MiB.

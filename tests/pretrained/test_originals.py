@@ -12,9 +12,10 @@ from diffusion_jax.io.tables.compvis import compvis_unet_config, compvis_unet_ro
 from diffusion_jax.io.tables.latent_diffusion import OPEN_CLIPS
 from diffusion_jax.io.tables.options import UnsupportedOption
 from diffusion_jax.models.clip import CLIP_TEXT_TOWERS, CLIPTextConfig
-from diffusion_jax.pretrained import COMPONENTS, from_pretrained, read_settings
+from diffusion_jax.pretrained import COMPONENTS, from_pretrained
 from diffusion_jax.pretrained.components.compvis import COMPVIS_UNET, LATENT_DIFFUSION
 from diffusion_jax.pretrained.components.openai import GUIDED_DIFFUSION
+from diffusion_jax.pretrained.settings import read_values, with_scale_factor
 
 BASE = {
     "image_size": 8,
@@ -281,16 +282,14 @@ def test_settings_are_plain_values_of_yaml_or_json(tmp_path):
     path, weights = tmp_path / "settings.yaml", tmp_path / "weights.safetensors"
     path.write_text(YAML)
     write_safetensors({"scale_factor": np.float32([0.25]).reshape(())}, weights)
-    settings = read_settings(path, weights)
-    params = settings["model"]["params"]
-    assert settings["_class_name"] == "ldm.models.diffusion.ddpm.LatentDiffusion"
+    params = with_scale_factor(read_values(path), weights)["model"]["params"]
     assert (params["linear_start"], params["linear_end"]) == (0.00085, 0.012)
     assert params["monitor"] == "1.0.0"
     assert params["unet_config"]["params"] == {"dropout": 0.5, "image_size": 8, "factors": [1, 2]}
     assert (params["scale_factor"], params["scale_by_std"]) == (0.25, False)
-    assert read_settings(path)["model"]["params"]["scale_by_std"] is True
+    assert read_values(path)["model"]["params"]["scale_by_std"] is True
     path.write_text(json.dumps({"model": {"eps": 1e-05}}))
-    assert read_settings(path)["model"] == {"eps": 1e-05}
+    assert read_values(path) == {"model": {"eps": 1e-05}}
 
 
 @pytest.mark.parametrize("text, words", [
@@ -300,14 +299,14 @@ def test_settings_are_plain_values_of_yaml_or_json(tmp_path):
     ("model: !!bool maybe", "neither JSON nor plain YAML"),
     ("[" * 2000, "neither JSON nor plain YAML: maximum recursion"),
     ("model: &a {params: *a}", "by aliases"),
-    ("model: 3", "a mapping with a mapping 'model'"),
+    ("model", "must be a mapping of options, got 'model'"),
     ("{}" + " " * 2**20, "longer than 1048576 bytes"),
 ])  # fmt: skip
 def test_settings_that_are_no_settings_are_refused(tmp_path, text, words):
     path = tmp_path / "settings.yaml"
     path.write_text(text)
     with pytest.raises(UnsupportedOption, match=words):
-        read_settings(path)
+        read_values(path)
 
 
 def test_original_files_are_read_by_their_settings_with_either_weights(tmp_path):

@@ -287,7 +287,7 @@ def latent_diffusion_config(config: Mapping[str, Any]) -> LatentDiffusion:
     if full["scale_by_std"]:
         raise UnsupportedOption(
             "scale_by_std must be False, since the factor is the tensor scale_factor of the file "
-            "of weights then: give it as scale_factor, which read_settings does"
+            "of weights then: give it as scale_factor, which from_original does"
         )
     if full["parameterization"] not in _PREDICTIONS:
         raise UnsupportedOption(
