@@ -163,14 +163,23 @@ def _own(values: Mapping[str, Any], class_name: str) -> Mapping[str, Any]:
         return values if is_settings else {"target": class_name, "params": dict(values)}
     if not isinstance(model, Mapping):
         return values
-    target = str(model.get("target"))
+    target, params = _part(model, "model")
     if class_name == UNET_CLASS and target.rpartition(".")[2] in CLASSES:
-        model = (model.get("params") or {}).get("unet_config") or {}
-        target = str(model.get("target"))
+        target, params = _part(params.get("unet_config"), "unet_config")
     # GLIGEN's settings say nothing of the repository that its class is told apart by here.
     if not f".{class_name}".endswith(f".{target}"):
         raise ValueError(f"config has settings of a {target}, expected a {class_name}")
-    return model.get("params") or {}
+    return params
+
+
+def _part(settings: Any, what: str) -> tuple[str, Mapping[str, Any]]:
+    """(target, params) of a part of settings."""
+    params = settings.get("params") or {} if isinstance(settings, Mapping) else None
+    if not isinstance(params, Mapping):
+        raise ValueError(
+            f"{what} in config must have a target and its params, got {settings!r:.99}"
+        )
+    return str(settings.get("target")), params
 
 
 def _local(file: str | PathLike, revision: str | None) -> Path:

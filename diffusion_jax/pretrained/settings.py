@@ -24,7 +24,7 @@ def with_scale_factor(settings: Mapping[str, Any], weights: str | PathLike) -> d
       weights: a safetensors file, or a folder of them.
 
     Raises:
-      UnsupportedOption: if the factor is needed and not there.
+      UnsupportedOption: if the factor is needed and not there, or is no single number.
     """
     if isinstance(settings.get("model"), Mapping):
         return {**settings, "model": with_scale_factor(settings["model"], weights)}
@@ -37,7 +37,10 @@ def with_scale_factor(settings: Mapping[str, Any], weights: str | PathLike) -> d
         raise UnsupportedOption(
             f"the settings say scale_by_std, so {weights} must hold scale_factor, and does not"
         )
-    factor = float(tensors["scale_factor"])
+    found = tensors["scale_factor"]
+    if found.size != 1:
+        raise UnsupportedOption(f"scale_factor of {weights} must be one number, got {found.shape}")
+    factor = found.item()
     return {**settings, "params": {**params, "scale_factor": factor, "scale_by_std": False}}
 
 
@@ -51,7 +54,7 @@ def read_values(path: str | PathLike) -> dict[str, Any]:
       UnsupportedOption: if it is not a mapping, or longer than 1 MiB.
       ImportError: if it is YAML and PyYAML is not installed.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.stat().st_size > MAX_BYTES:
         raise UnsupportedOption(f"{path} is longer than {MAX_BYTES} bytes, expected settings")
     try:

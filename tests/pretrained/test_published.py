@@ -126,6 +126,9 @@ def test_the_factor_of_latents_may_be_in_the_file(tmp_path, original):
     settings = {"model": {**SETTINGS["model"], "params": params}}
     with pytest.raises(UnsupportedOption, match="must hold scale_factor, and does not"):
         from_original(path, LATENT, settings)
+    write_safetensors({"scale_factor": np.ones(2, np.float32)}, tmp_path / "two.safetensors")
+    with pytest.raises(UnsupportedOption, match=r"must be one number, got \(2,\)"):
+        from_original(tmp_path / "two.safetensors", LATENT, settings)
     scaled = tmp_path / "scaled.safetensors"
     write_safetensors({**WeightsFile(path), "scale_factor": np.float32([0.25])[0]}, scaled)
     for config in (settings, settings["model"], params):
@@ -168,6 +171,8 @@ def test_one_file_of_a_repository_is_fetched(tmp_path, monkeypatch, capsys, orig
     (ADM, SETTINGS, ValueError, f"settings of a {LATENT}, expected a {ADM}"),
     (GLIGEN, SETTINGS, ValueError, f"settings of a {LATENT}, expected a {GLIGEN}"),
     (ADM, {"image_sise": 8}, UnsupportedOption, "image_sise"),
+    (ADM, {"model": {"target": ADM, "params": [8]}}, ValueError, "model in config must have"),
+    (UNET, {"model": {"target": LATENT, "params": {}}}, ValueError, "unet_config in config must"),
     (LATENT, {"unet_config": {"target": "os.system"}}, UnsupportedOption, "got os.system"),
     (ADM, {**CONFIGS[ADM], "num_classes": None}, MappingError, "label_emb.weight"),
 ])  # fmt: skip
