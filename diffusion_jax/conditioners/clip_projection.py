@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from diffusion_jax.conditioners.base import Conditioner
 from diffusion_jax.core.condition import Condition
 from diffusion_jax.core.types import Array, Batch
-from diffusion_jax.models.inputs import DType
+from diffusion_jax.models.inputs import DType, at_least_one
 from diffusion_jax.models.pre_norm import layer_norm
 
 
@@ -32,9 +32,7 @@ class CLIPProjectionConfig:
     token_dim: int = 1536
 
     def __post_init__(self):
-        for name in ("num_extra_tokens", "embedding_dim", "vector_dim", "token_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least_one(self, "num_extra_tokens", "embedding_dim", "vector_dim", "token_dim")
 
     def build(
         self, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.core.types import Array
 from diffusion_jax.models.blocks import GroupNorm, default_init, zeros_init
+from diffusion_jax.models.inputs import at_least_one
 
 Implementation = Literal["plain", "tiled", "xla", "cudnn"]
 
@@ -222,10 +223,7 @@ class PixelAttention:
     norm_groups: int | None = None
 
     def __post_init__(self):
-        for name in ("num_heads", "head_dim", "norm_groups"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        at_least_one(self, "num_heads", "head_dim", "norm_groups")
         if self.norm_groups is not None and not self.norm:
             raise ValueError(f"norm_groups belongs to norm=True, got {self.norm_groups}")
 

@@ -18,8 +18,7 @@ from diffusion_jax.models.blocks import (
     Upsample,
     default_init,
 )
-from diffusion_jax.models.inputs import DType
-from diffusion_jax.models.levels import at_least_one
+from diffusion_jax.models.inputs import DType, at_least_one
 
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
 

@@ -10,8 +10,8 @@ from diffusion_jax.core.types import Array, Key
 from diffusion_jax.models.attention import AttentionPool
 from diffusion_jax.models.blocks import GroupNorm, default_init, zeros_init
 from diffusion_jax.models.encoder import Encoder
-from diffusion_jax.models.inputs import DType, check_batch, check_no_condition
-from diffusion_jax.models.levels import EncoderConfig, at_least_one
+from diffusion_jax.models.inputs import DType, at_least_one, check_batch, check_no_condition
+from diffusion_jax.models.levels import EncoderConfig
 from diffusion_jax.models.mlp import Trunk, TrunkConfig
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from diffusion_jax.core.types import Array
 from diffusion_jax.models.attention import dot_product_attention
 from diffusion_jax.models.blocks import ACTIVATIONS, default_init
+from diffusion_jax.models.pre_norm import layer_norm
 
 
 class _Embedding(nn.Module):
@@ -35,7 +36,7 @@ class _Embedding(nn.Module):
 
     def norm(self, name: str) -> nn.LayerNorm:
         """A layer norm, with statistics in float32."""
-        return nn.LayerNorm(1e-5, use_fast_variance=False, name=name, **self.types())
+        return layer_norm(1e-5, name, **self.types())
 
 
 class LinearEmbedding(_Embedding):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.core.types import Array
 from diffusion_jax.models.inputs import DType
+from diffusion_jax.models.pre_norm import layer_norm
 
 weight_init = nn.initializers.truncated_normal(0.02)
 
@@ -80,7 +81,7 @@ class ConvNeXtBlock(nn.Module):
         h = nn.Conv(
             channels, (7, 7), padding=3, feature_group_count=channels, name="depthwise", **weights
         )(x)
-        h = _norm("norm", types)(h)
+        h = layer_norm(1e-6, "norm", **types)(h)
         h = nn.Dense(4 * channels, name="mlp_1", **weights)(h)
         h = nn.Dense(channels, name="mlp_2", **weights)(nn.gelu(h, approximate=False))
         init = nn.initializers.constant(self.layer_scale)
@@ -135,13 +136,9 @@ class ConvNeXt(nn.Module):
                 name=f"downsample_{i}",
                 **types,
             )
-            norm = _norm(f"norm_{i}", types)
+            norm = layer_norm(1e-6, f"norm_{i}", **types)
             h = conv(norm(h)) if i else norm(conv(h))
             for j in range(depth):
                 block = ConvNeXtBlock(config.layer_scale, name=f"stage_{i}_block_{j}", **types)
                 h = block(h)
         return h
-
-
-def _norm(name: str, types: dict) -> nn.Module:
-    return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name=name, **types)

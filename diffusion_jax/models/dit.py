@@ -13,7 +13,7 @@ from diffusion_jax.models.attention import Attention
 from diffusion_jax.models.blocks import Dropout, zeros_init
 from diffusion_jax.models.embeddings import Fourier, Sinusoidal, TimeEmbedding
 from diffusion_jax.models.feed_forward import HIDDEN_UNITS
-from diffusion_jax.models.inputs import DType, check_inputs, with_image, with_vector
+from diffusion_jax.models.inputs import DType, at_least_one, check_inputs, with_image, with_vector
 
 xavier_init = nn.initializers.xavier_uniform()
 # That of a dense layer over the whole patch, whose kernel is kept as [P, P, C, D].
@@ -63,7 +63,7 @@ class DiTConfig:
     out_channels: int = 3
     position: str = "sincos"
     base_size: int | None = None
-    activation: str = "gelu-approximate"
+    activation: str = "gelu_tanh"
     qkv_bias: bool = True
     mlp_norm_eps: float = 1e-6
     mlp_norm_affine: bool = False
@@ -76,9 +76,7 @@ class DiTConfig:
     remat: bool = False
 
     def __post_init__(self):
-        for name in ("patch_size", "width", "depth", "num_heads", "out_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least_one(self, "patch_size", "width", "depth", "num_heads", "out_channels")
         if self.width % self.num_heads:
             raise ValueError(
                 f"width must be a multiple of num_heads = {self.num_heads}, got {self.width}"
@@ -220,7 +218,7 @@ class DiTBlock(nn.Module):
     mlp_ratio: float = 4.0
     dropout: float = 0.0
     attention_dropout: float = 0.0
-    activation: str = "gelu-approximate"
+    activation: str = "gelu_tanh"
     qkv_bias: bool = True
     mlp_norm_eps: float = 1e-6
     mlp_norm_affine: bool = False

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from diffusion_jax.core.types import Array, Key
-from diffusion_jax.models.blocks import ACTIVATIONS, Dropout, default_init
-from diffusion_jax.models.pre_norm import quick_gelu
+from diffusion_jax.core.types import Array
+from diffusion_jax.models.blocks import ACTIVATIONS, default_init
+from diffusion_jax.models.pre_norm import MLP_ACTIVATIONS
 
 
 class HiddenUnits(NamedTuple):
@@ -31,12 +31,8 @@ def _gated(activation: Callable[[Array], Array]) -> HiddenUnits:
     return HiddenUnits(2, apply)
 
 
-# "gelu" is x · Φ(x), "gelu-approximate" its form with tanh, "quick_gelu" x · sigmoid(1.702 x).
 HIDDEN_UNITS: Mapping[str, HiddenUnits] = {
-    "gelu": HiddenUnits(1, ACTIVATIONS["gelu"]),
-    "gelu-approximate": HiddenUnits(1, nn.gelu),
-    "quick_gelu": HiddenUnits(1, quick_gelu),
-    "silu": HiddenUnits(1, ACTIVATIONS["silu"]),
+    **{name: HiddenUnits(1, activation) for name, activation in MLP_ACTIVATIONS.items()},
     "geglu": _gated(ACTIVATIONS["gelu"]),
     "swiglu": _gated(ACTIVATIONS["silu"]),
 }
@@ -49,7 +45,6 @@ class GEGLU(nn.Module):
 
     Attributes:
       factor: hidden width as a multiple of the width of x.
-      dropout: rate of the hidden units, in [0, 1).
       dtype: dtype of activations.
       param_dtype: dtype of the parameters.
 
@@ -57,13 +52,12 @@ class GEGLU(nn.Module):
     """
 
     factor: int = 4
-    dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, keys: Key | None = None) -> Array:
-        """x: [B, N, C], keys: [B] or None -> [B, N, C]."""
+    def __call__(self, x: Array) -> Array:
+        """x: [B, N, C] -> [B, N, C]."""
         width = x.shape[-1]
         options = {
             "kernel_init": default_init,
@@ -71,6 +65,4 @@ class GEGLU(nn.Module):
             "param_dtype": self.param_dtype,
         }
         h = nn.Dense(2 * self.factor * width, name="in", **options)(x)
-        h, gate = jnp.split(h, 2, axis=-1)
-        h = Dropout(self.dropout, name="dropout")(h * nn.gelu(gate, approximate=False), keys)
-        return nn.Dense(width, name="out", **options)(h)
+        return nn.Dense(width, name="out", **options)(HIDDEN_UNITS["geglu"].apply(h))

@@ -17,6 +17,7 @@ from diffusion_jax.core.types import Array
 from diffusion_jax.models.attention import Attention
 from diffusion_jax.models.blocks import zeros_init
 from diffusion_jax.models.feed_forward import GEGLU
+from diffusion_jax.models.pre_norm import layer_norm
 
 
 class _Gated(nn.Module):
@@ -40,7 +41,7 @@ class _Gated(nn.Module):
 
     def norm(self, name: str) -> nn.Module:
         """A layer norm, with statistics in float32."""
-        return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name, **self.types())
+        return layer_norm(1e-5, name, **self.types())
 
     def attention(self) -> nn.Module:
         """The attention, whose projections to queries, keys and values have no biases."""

@@ -10,7 +10,7 @@ from diffusion_jax.core.resize import bicubic_resize, nearest_resize
 from diffusion_jax.core.types import Array
 from diffusion_jax.models.blocks import default_init, zeros_init
 from diffusion_jax.models.convnext import ConvNeXt, ConvNeXtConfig
-from diffusion_jax.models.inputs import DType
+from diffusion_jax.models.inputs import DType, at_least_one
 
 RESIZE = {"bicubic": bicubic_resize, "nearest": nearest_resize}
 
@@ -39,18 +39,8 @@ def position_features(x: Array, num_frequencies: int = 8) -> Array:
     return waves.reshape((*x.shape[:-1], 2 * num_frequencies * x.shape[-1]))
 
 
-class _Config:
-    """What the configurations here have in common."""
-
-    def _at_least_one(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-
-
 @dataclass(frozen=True)
-class TextGroundingConfig(_Config):
+class TextGroundingConfig:
     """Boxes with a text each; the default is that of GLIGEN on Stable Diffusion 1.4.
 
     Attributes:
@@ -69,7 +59,7 @@ class TextGroundingConfig(_Config):
     num_frequencies: int = 8
 
     def __post_init__(self):
-        self._at_least_one("text_dim", "out_dim", "hidden", "num_frequencies")
+        at_least_one(self, "text_dim", "out_dim", "hidden", "num_frequencies")
 
     def build(
         self, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32
@@ -86,7 +76,7 @@ class TextGroundingConfig(_Config):
 
 
 @dataclass(frozen=True)
-class TextImageGroundingConfig(_Config):
+class TextImageGroundingConfig:
     """Boxes with a text and an image each, of which either may be missing.
 
     Attributes:
@@ -105,7 +95,7 @@ class TextImageGroundingConfig(_Config):
     num_frequencies: int = 8
 
     def __post_init__(self):
-        self._at_least_one("feature_dim", "out_dim", "hidden", "num_frequencies")
+        at_least_one(self, "feature_dim", "out_dim", "hidden", "num_frequencies")
 
     def build(
         self, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32
@@ -122,7 +112,7 @@ class TextImageGroundingConfig(_Config):
 
 
 @dataclass(frozen=True)
-class KeypointGroundingConfig(_Config):
+class KeypointGroundingConfig:
     """The keypoints of several persons.
 
     Attributes:
@@ -143,7 +133,7 @@ class KeypointGroundingConfig(_Config):
     num_frequencies: int = 8
 
     def __post_init__(self):
-        self._at_least_one("max_persons", "num_keypoints", "out_dim", "hidden", "num_frequencies")
+        at_least_one(self, "max_persons", "num_keypoints", "out_dim", "hidden", "num_frequencies")
 
     def build(
         self, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32
@@ -160,7 +150,7 @@ class KeypointGroundingConfig(_Config):
 
 
 @dataclass(frozen=True)
-class MapGroundingConfig(_Config):
+class MapGroundingConfig:
     """A map in the place of the image: edges, depths, normals or a segmentation.
 
     Attributes:
@@ -182,7 +172,7 @@ class MapGroundingConfig(_Config):
     encoder: ConvNeXtConfig = ConvNeXtConfig()
 
     def __post_init__(self):
-        self._at_least_one("size", "num_classes", "out_dim", "hidden")
+        at_least_one(self, "size", "num_classes", "out_dim", "hidden")
         if self.size % self.encoder.stride:
             raise ValueError(
                 f"size must be a multiple of the encoder's stride {self.encoder.stride}, "
@@ -207,7 +197,7 @@ class MapGroundingConfig(_Config):
 
 
 @dataclass(frozen=True)
-class MapDownsamplerConfig(_Config):
+class MapDownsamplerConfig:
     """Channels for the network's input, of the same map that `MapGroundingConfig` makes tokens of.
 
     Attributes:
@@ -229,7 +219,7 @@ class MapDownsamplerConfig(_Config):
     resize: str = "bicubic"
 
     def __post_init__(self):
-        self._at_least_one("size", "in_channels", "hidden", "out_channels")
+        at_least_one(self, "size", "in_channels", "hidden", "out_channels")
         if self.resize not in RESIZE:
             raise ValueError(f"resize must be one of {sorted(RESIZE)}, got {self.resize!r}")
         if self.hidden is None and self.out_channels != self.in_channels:

@@ -1,4 +1,4 @@
-"""What every network checks about its inputs before it computes anything."""
+"""What every network checks about its configuration and its inputs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +10,14 @@ from diffusion_jax.core.types import Array, Key
 
 DType = Any  # what jnp.dtype understands: jnp.bfloat16, "bfloat16", a numpy dtype
 READS = ("vector", "image")
+
+
+def at_least_one(config: object, *names: str) -> None:
+    """Raises ValueError, naming the field, if one of these is neither None nor at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def check_inputs(

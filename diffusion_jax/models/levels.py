@@ -6,18 +6,11 @@ from dataclasses import dataclass
 from diffusion_jax.models.attention import PixelAttention
 from diffusion_jax.models.blocks import ACTIVATIONS
 from diffusion_jax.models.embeddings import Fourier, Learned, Sinusoidal
+from diffusion_jax.models.inputs import at_least_one
 from diffusion_jax.models.text_attention import TextAttention
 from diffusion_jax.models.transformer import SpatialTransformer
 
 RESAMPLE = ("conv", "block", "pool", "pyramid")
-
-
-def at_least_one(config: object, *names: str) -> None:
-    """Raises ValueError, naming the field, if one of these is neither None nor at least 1."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def check_odd(config: object, name: str) -> None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from diffusion_jax.core.types import Array
 from diffusion_jax.models.attention import Attention
 from diffusion_jax.models.blocks import ACTIVATIONS, default_init
+from diffusion_jax.models.inputs import at_least_one
 
 
 def quick_gelu(x: Array) -> Array:
@@ -21,7 +22,7 @@ def quick_gelu(x: Array) -> Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-# Activations of feed-forward networks; "gelu" is exact.
+# "gelu" is x · Φ(x), "gelu_tanh" its approximation with tanh.
 MLP_ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     **ACTIVATIONS,
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
@@ -66,9 +67,7 @@ def check_tokens(ids: Array, mask: Array | None, length: int | None) -> None:
 
 def check_architecture(config, *positive: str) -> None:
     """Raises ValueError unless these fields are at least 1 and the activation is known."""
-    for name in positive:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    at_least_one(config, *positive)
     if config.activation not in MLP_ACTIVATIONS:
         raise ValueError(
             f"activation must be one of {sorted(MLP_ACTIVATIONS)}, got {config.activation!r}"

@@ -12,7 +12,7 @@ from diffusion_jax.models.attention import Attention
 from diffusion_jax.models.blocks import ACTIVATIONS, Dropout, default_init, zeros_init
 from diffusion_jax.models.embeddings import sinusoidal_embedding
 from diffusion_jax.models.feed_forward import HIDDEN_UNITS
-from diffusion_jax.models.inputs import DType, check_batch
+from diffusion_jax.models.inputs import DType, at_least_one, check_batch
 from diffusion_jax.models.pre_norm import layer_norm
 
 READS = ("vector", "tokens", "token_mask")
@@ -66,13 +66,8 @@ class PriorConfig:
     remat: bool = False
 
     def __post_init__(self):
-        for name in ("data_dim", "width", "depth", "num_heads", "num_text_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("vector_dim", "out_dim", "time_hidden"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1 or None, got {value}")
+        at_least_one(self, "data_dim", "width", "depth", "num_heads", "num_text_tokens")
+        at_least_one(self, "vector_dim", "out_dim", "time_hidden")
         if self.num_other_tokens < 0:
             raise ValueError(f"num_other_tokens must be at least 0, got {self.num_other_tokens}")
         if self.width % self.num_heads:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from diffusion_jax.core.types import Array
 from diffusion_jax.models.attention import dot_product_attention
 from diffusion_jax.models.blocks import GroupNorm, default_init, zeros_init
+from diffusion_jax.models.inputs import at_least_one
+from diffusion_jax.models.pre_norm import layer_norm
 
 TEXT_NORMS = (None, "layer", "group")
 
@@ -40,10 +42,7 @@ class TextAttention:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
-        for name in ("num_heads", "head_dim", "text_norm_groups"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        at_least_one(self, "num_heads", "head_dim", "text_norm_groups")
         if self.num_heads is not None and self.head_dim is not None:
             raise ValueError(
                 "give num_heads or head_dim or neither, "
@@ -160,10 +159,7 @@ class TextAttentionBlock(nn.Module):
         h = h.reshape(batch, height * width, channels)
         text = tokens.astype(self.dtype)
         if spec.text_norm == "layer":
-            # Two passes: E[x²] - E[x]² loses the small variance of a token with a large mean.
-            text = nn.LayerNorm(
-                spec.norm_eps, use_fast_variance=False, name="text_norm", **options
-            )(text)
+            text = layer_norm(spec.norm_eps, "text_norm", **options)(text)
         elif spec.text_norm == "group":
             norm = GroupNorm(spec.text_norm_groups, spec.norm_eps, name="text_norm", **options)
             text = norm(text)

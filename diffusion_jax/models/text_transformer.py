@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.core.types import Array
 from diffusion_jax.models.blocks import default_init
-from diffusion_jax.models.inputs import DType
+from diffusion_jax.models.inputs import DType, at_least_one
 from diffusion_jax.models.pre_norm import PreNormBlock, TokenEmbed, check_tokens, layer_norm
 
 
@@ -40,9 +40,7 @@ class TextTransformerConfig:
     padding: bool = True
 
     def __post_init__(self):
-        for name in ("vector_dim", "vocab_size", "length", "width", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least_one(self, "vector_dim", "vocab_size", "length", "width", "num_layers", "num_heads")
         if self.width % self.num_heads:
             raise ValueError(
                 f"width must be a multiple of num_heads = {self.num_heads}, got {self.width}"

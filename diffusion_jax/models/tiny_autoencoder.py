@@ -11,8 +11,7 @@ from diffusion_jax.core.resize import bicubic_resize, nearest_resize
 from diffusion_jax.core.types import Array
 from diffusion_jax.models.autoencoder import check_image
 from diffusion_jax.models.blocks import ACTIVATIONS, default_init
-from diffusion_jax.models.inputs import DType
-from diffusion_jax.models.levels import at_least_one
+from diffusion_jax.models.inputs import DType, at_least_one
 
 # Latents are kept softly inside of ±3 before they are decoded.
 LATENT_BOUND = 3.0

@@ -11,6 +11,8 @@ from diffusion_jax.models.attention import Attention
 from diffusion_jax.models.blocks import GroupNorm, default_init, zeros_init
 from diffusion_jax.models.feed_forward import GEGLU
 from diffusion_jax.models.gated_attention import FUSERS
+from diffusion_jax.models.inputs import at_least_one
+from diffusion_jax.models.pre_norm import layer_norm
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,7 @@ class SpatialTransformer:
     fuser: str | None = None
 
     def __post_init__(self):
-        for name in ("num_heads", "head_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        at_least_one(self, "num_heads", "head_dim")
         if self.num_heads is not None and self.head_dim is not None:
             raise ValueError(
                 "give num_heads or head_dim or neither, "
@@ -121,7 +120,7 @@ class TransformerBlock(nn.Module):
         mask = None if mask is None else mask[:, None, None, :]
 
         def normed(name):
-            return nn.LayerNorm(1e-5, use_fast_variance=False, name=name, **types)(x)
+            return layer_norm(1e-5, name, **types)(x)
 
         def attention(name):
             return Attention(

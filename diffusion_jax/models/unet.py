@@ -18,11 +18,10 @@ from diffusion_jax.models.blocks import (
     zeros_init,
 )
 from diffusion_jax.models.encoder import Encoder, Part
-from diffusion_jax.models.inputs import READS, DType, check_inputs
+from diffusion_jax.models.inputs import READS, DType, at_least_one, check_inputs
 from diffusion_jax.models.levels import (
     EncoderConfig,
     LevelConfig,
-    at_least_one,
     check_odd,
     split_heads,
 )

@@ -17,8 +17,7 @@ from diffusion_jax.models.autoencoder import (
     check_image,
 )
 from diffusion_jax.models.blocks import GroupNorm, default_init
-from diffusion_jax.models.inputs import DType
-from diffusion_jax.models.levels import at_least_one
+from diffusion_jax.models.inputs import DType, at_least_one
 
 # MoVQ has no other number of groups, whatever the norms of its encoder have.
 SPATIAL_NORM_GROUPS = 32

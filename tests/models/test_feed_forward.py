@@ -26,7 +26,7 @@ def tanh_gelu(x):
     "name, expected",
     [
         ("gelu", gelu(X)),
-        ("gelu-approximate", tanh_gelu(X)),
+        ("gelu_tanh", tanh_gelu(X)),
         ("quick_gelu", X * sigmoid(1.702 * X)),
         ("silu", X * sigmoid(X)),
         ("geglu", X[:, :3] * gelu(X[:, 3:])),

@@ -228,7 +228,7 @@ def test_inputs_that_do_not_fit_are_refused(config, x, cond, message):
     [
         ({"width": 9}, "num_heads = 2, got 9"),
         ({"depth": 0}, "depth must be at least 1"),
-        ({"out_dim": 0}, "out_dim must be at least 1 or None"),
+        ({"out_dim": 0}, "out_dim must be at least 1, got"),
         ({"num_other_tokens": -1}, "num_other_tokens"),
         ({"time_activation": "tanh"}, "got 'tanh'"),
         ({"dropout": 1.0}, "got 1.0"),

@@ -208,6 +208,7 @@ def test_a_transformer_without_a_norm_type_is_no_dit():
         ({"base_size": None}, "base_size"),
         ({"attention_dropout": 0.5}, "one dropout"),
         ({"time_channels": 64}, "time_channels"),
+        ({"activation": "relu"}, "activation of a .*'relu'"),
     ],
 )
 def test_a_dit_that_diffusers_does_not_have_is_not_written(change, message):

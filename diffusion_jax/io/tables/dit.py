@@ -79,7 +79,7 @@ _SUPPORTED: Mapping[str, tuple] = {
 }
 _ACTIVATIONS = {
     "gelu": "gelu",
-    "gelu-approximate": "gelu-approximate",
+    "gelu-approximate": "gelu_tanh",
     "geglu": "geglu",
     "geglu-approximate": "quick_gelu",
     "swiglu": "swiglu",
@@ -173,6 +173,10 @@ def dit_options(form: DiTForm) -> dict[str, Any]:
             f"{dit['attention_dropout']}"
         )
     names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+    if dit["activation"] not in names:
+        raise UnsupportedOption(
+            f"activation of a {CLASS} must be one of {sorted(names)}, got {dit['activation']!r}"
+        )
     return {
         **DEFAULTS,
         "_class_name": CLASS,
