@@ -234,6 +234,7 @@ def test_missing_arguments_have_the_constructors_defaults():
     ({"dims": 1}, "dims must be 2.*got 1"),
     ({"chanel_mult": [1]}, "no option 'chanel_mult' .did you mean 'channel_mult'"),
     ({"num_res_blocks": [1, 2]}, "one number for all levels, got .1, 2."),
+    ({"image_size": "64"}, "image_size .* integer of at least 1, got '64'"),
     ({"model_channels": None}, "model_channels .* integer of at least 1, got None"),
     ({"attention_resolutions": "32,16"}, "attention_resolutions .* list of numbers, got '32,16'"),
     ({"resblock_updown": "False"}, "resblock_updown .* like its default False, got 'False'"),

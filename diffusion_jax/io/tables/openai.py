@@ -94,7 +94,8 @@ def complete(
         raise UnsupportedOption(
             f"num_res_blocks must be one number for all levels, got {full['num_res_blocks']!r}"
         )
-    options.require_integers(full, ("in_channels", "model_channels", "out_channels"), owner)
+    integers = ("image_size", "in_channels", "model_channels", "out_channels")
+    options.require_integers(full, [name for name in integers if name in full], owner)
     options.require_lists(full, ("attention_resolutions", "channel_mult"), owner)
     return full
 

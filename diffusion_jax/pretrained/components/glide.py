@@ -96,8 +96,7 @@ def _unet_config(form: Glide) -> UNetConfig:
 
 
 def _read(config: Mapping[str, Any], *, class_name: str) -> GlideConfig:
-    options = {name: value for name, value in config.items() if not name.startswith("_")}
-    form = glide_config(options, class_name)
+    form = glide_config(config, class_name)
     text = None if form.text is None else TextTransformerConfig(**form.text)
     return GlideConfig(_unet_config(form), text, form.in_channels, form.inpaint, form.low_res)
 

@@ -162,7 +162,7 @@ def gligen_config(config: Mapping[str, Any]) -> GLIGENConfig:
     Raises:
       UnsupportedOption: naming what is unknown, missing or not for images.
     """
-    form = gligen_unet_config({k: v for k, v in config.items() if not k.startswith("_")})
+    form = gligen_unet_config(config)
     downsampler = None if form.downsampler is None else grounding_config(form.downsampler)
     return GLIGENConfig(
         _unet_config(form),

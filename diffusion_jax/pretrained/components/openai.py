@@ -37,23 +37,18 @@ from diffusion_jax.pretrained.components.unet import (
 MODULE = "guided_diffusion.unet."
 
 
-def _without_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
 def _read_unet(config: Mapping[str, Any], *, super_resolution: bool) -> ReleasedUNetConfig:
-    options = _without_metadata(config)
-    form = adm_unet_config(options, super_resolution=super_resolution)
+    form = adm_unet_config(config, super_resolution=super_resolution)
     told: dict[str, tuple[str, dict[str, Any]]] = {}
     if form.num_classes is not None:
         fields = {"num_classes": form.num_classes, "dim": form.unet["time_embed_dim"]}
         told["label"] = ("label", {**fields, "null": False})
     if super_resolution:
-        told["low_res"] = ("low_res", {"size": [options["image_size"]] * 2})
+        told["low_res"] = ("low_res", {"size": [config["image_size"]] * 2})
     unet = {**form.unet, "levels": list(form.unet["levels"])}
     kept = {
-        "image_size": options["image_size"],
-        "use_new_attention_order": options.get("use_new_attention_order", False),
+        "image_size": config["image_size"],
+        "use_new_attention_order": config.get("use_new_attention_order", False),
     }
     return unet_config(UNetForm(unet, form.in_channels, told, kept))
 
@@ -113,10 +108,9 @@ class ReleasedClassifierConfig:
 
 
 def _read_classifier(config: Mapping[str, Any]) -> ReleasedClassifierConfig:
-    options = _without_metadata(config)
-    form = adm_classifier_config(options)
+    form = adm_classifier_config(config)
     fields = {**form.classifier, "levels": list(form.classifier["levels"])}
-    kept = {"use_new_attention_order": options.get("use_new_attention_order", False)}
+    kept = {"use_new_attention_order": config.get("use_new_attention_order", False)}
     classifier = from_dict(ClassifierConfig, fields, "classifier")
     return ReleasedClassifierConfig(classifier, form.in_channels, form.image_size, kept)
 
