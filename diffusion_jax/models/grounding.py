@@ -277,7 +277,9 @@ class _Grounding(nn.Module):
     def or_null(self, name: str, x: Array, mask: Array) -> Array:
         """x [B, M, F] where mask [B, M] is True, elsewhere the learned null vector of this name."""
         null = self.param(name, zeros_init, (x.shape[-1],), self.param_dtype)
-        mask, x = jnp.asarray(mask, self.dtype)[..., None], x.astype(self.dtype)
+        mask = jnp.asarray(mask, self.dtype)[..., None]
+        # A slot that nobody reads may hold anything, and 0 · NaN is NaN.
+        x = jnp.where(mask == 0.0, 0.0, x.astype(self.dtype))
         return mask * x + (1.0 - mask) * null.astype(self.dtype).reshape((1, 1, -1))
 
     def mlp(self, name: str, config) -> nn.Module:

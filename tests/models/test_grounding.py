@@ -84,7 +84,7 @@ def waves(x):
 
 
 def masked(x, null, mask):
-    return np.where(mask[..., None], x, null)
+    return np.where(mask[..., None], x, null).astype(x.dtype)
 
 
 def test_position_features_are_frequency_by_frequency():
@@ -94,7 +94,9 @@ def test_position_features_are_frequency_by_frequency():
 
 
 def test_a_box_is_its_text_and_its_position_or_null():
-    out, params = run("text")
+    """Whatever an unused slot holds."""
+    unused = {name: masked(ARGUMENTS["text"][name], np.nan, MASK) for name in ("boxes", "text")}
+    out, params = run("text", **unused)
     position = masked(waves(BOXES), params["null_position"], MASK)
     text = masked(TEXT, params["null_text"], MASK)
     expected = mlp(np.concatenate([text, position], axis=-1), params["mlp"])
