@@ -300,6 +300,7 @@ def test_heads_are_numbers_in_one_block_and_widths_in_another():
         ({"act_fn": "tanh"}, "act_fn must be one of silu"),
         ({"attention_head_dim": 9}, "attention_head_dim must be at most 8"),
         ({"down_block_types": ["SkipDownBlock2D"] * 2, "in_channels": 4}, "in_channels and out"),
+        ({"down_block_types": None}, r"down_block_types of .* like its default \(.*got None"),
         ({"layers_per_blok": 1}, r"'layers_per_blok' \(did you mean 'layers_per_block'"),
     ],
 )

@@ -39,7 +39,8 @@ def complete(
     Raises:
       UnknownOptions: naming the options that the class does not have.
       UnsupportedOption: if `config` is no mapping, a required option is missing, or an option is
-        text or an object where its default is a number or a truth value.
+        text or an object where its default is a number or a truth value, or no list where that is
+        one.
     """
     if not isinstance(config, Mapping):
         raise UnsupportedOption(f"{owner} must have options by their names, got {config!r:.99}")
@@ -58,9 +59,12 @@ def complete(
     if missing:
         raise UnsupportedOption(f"{owner} must have the option {', '.join(missing)}")
     for option, value in given.items():
-        if isinstance(defaults[option], int | float) and isinstance(value, str | Mapping):
+        default = defaults[option]
+        no_number = isinstance(default, int | float) and isinstance(value, str | Mapping)
+        no_list = isinstance(default, list | tuple) and not isinstance(value, list | tuple)
+        if no_number or no_list:
             raise UnsupportedOption(
-                f"{option} of {owner} must be like its default {defaults[option]!r}, got {value!r}"
+                f"{option} of {owner} must be like its default {default!r}, got {value!r}"
             )
     return {**defaults, **given}
 
