@@ -1,10 +1,10 @@
 """Images as further channels of x: one of low resolution, one of which some pixels are known."""
 
-import jax
 import jax.numpy as jnp
 
 from diffusion_jax.conditioners.base import Conditioner
 from diffusion_jax.core.condition import Condition
+from diffusion_jax.core.resize import bilinear_resize
 from diffusion_jax.core.types import Array
 
 
@@ -50,9 +50,7 @@ def low_res(size: tuple[int, int]) -> Conditioner:
         raise ValueError(f"size must be a height and a width of at least 1, got {size}")
 
     def read(batch):
-        image = _images(batch, "low_res")
-        shape = (image.shape[0], *size, image.shape[-1])
-        return Condition(image=jax.image.resize(image, shape, "linear", antialias=False))
+        return Condition(image=bilinear_resize(_images(batch, "low_res"), *size))
 
     return _parameterless(read)
 

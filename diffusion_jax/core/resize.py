@@ -82,6 +82,29 @@ def bicubic_resize(x: Array, height: int, width: int) -> Array:
     return y.astype(x.dtype)
 
 
+def bilinear_resize(x: Array, height: int, width: int) -> Array:
+    """Resizes by linear interpolation, pixel centres aligned, without antialiasing.
+
+    y[i, j] = Σ_kl W(p_i - k) W(q_j - l) x[k, l] with W(d) = max(0, 1 - |d|), p_i = (i + ½) H / H'
+    - ½ and q_j likewise; beyond the border the border's pixels are repeated.
+
+    Args:
+      x: [B, H, W, C].
+      height, width: H' and W' of the result, in pixels.
+
+    Returns:
+      [B, H', W', C] of x's dtype.
+
+    Raises:
+      ValueError: if x is no image or a size is below 1.
+
+    Source: none; PyTorch's mode "bilinear" with align_corners=False.
+    """
+    _check(x, height, width)
+    shape = (x.shape[0], height, width, x.shape[3])
+    return jax.image.resize(x, shape, "linear", antialias=False)
+
+
 def _nearest_index(old: int, new: int) -> np.ndarray:
     """[new] the sample that each one repeats."""
     # In float32, since rounding decides where a position falls exactly between two samples.

@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from diffusion_jax.core.resize import bicubic_resize, nearest_resize
+from diffusion_jax.core.resize import bicubic_resize, bilinear_resize, nearest_resize
 from diffusion_jax.core.types import Array
 from diffusion_jax.models.autoencoder import check_image
 from diffusion_jax.models.blocks import ACTIVATIONS, default_init
@@ -17,13 +16,9 @@ from diffusion_jax.models.inputs import DType, at_least_one
 LATENT_BOUND = 3.0
 
 
-def _bilinear_resize(x: Array, height: int, width: int) -> Array:
-    return jax.image.resize(x, (x.shape[0], height, width, x.shape[-1]), "linear", antialias=False)
-
-
 UPSAMPLINGS: Mapping[str, Callable[[Array, int, int], Array]] = {
     "nearest": nearest_resize,
-    "bilinear": _bilinear_resize,
+    "bilinear": bilinear_resize,
     "bicubic": bicubic_resize,
 }
 

@@ -4,8 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax.core.resize import bicubic_resize, cubic_kernel, nearest_resize
+from diffusion_jax.core.resize import (
+    bicubic_resize,
+    bilinear_resize,
+    cubic_kernel,
+    nearest_resize,
+)
 
+RESIZES = (bicubic_resize, bilinear_resize, nearest_resize)
 ROW = np.asarray([0.0, 1.0, 4.0, 2.0, -3.0], np.float32).reshape(1, 1, 5, 1)
 # torch 2.13: interpolate(tensor(row)[None, None, None], (1, n), mode="bicubic").
 PYTORCH = {
@@ -46,6 +52,13 @@ def test_cubic_kernel_interpolates_and_sums_to_one():
     np.testing.assert_allclose(cubic_kernel(1 + 1e-6) / 1e-6, -0.75, atol=1e-4)
 
 
+@pytest.mark.parametrize("width", PYTORCH)
+def test_bilinear_interpolates_between_centres_and_repeats_the_border(width):
+    centres = (np.arange(width) + 0.5) * 5 / width - 0.5
+    expected = np.interp(centres, np.arange(5), ROW.ravel())
+    np.testing.assert_allclose(bilinear_resize(ROW, 1, width).ravel(), expected, atol=1e-6)
+
+
 def test_nearest_gives_pytorchs_numbers_where_rounding_decides():
     x = np.arange(26, dtype=np.float32).reshape(1, 1, 26, 1)
     ours = nearest_resize(x, 2, 22)
@@ -62,13 +75,13 @@ def test_nearest_repeats_by_whole_factors_without_a_gather():
 
 def test_the_same_size_is_the_identity_and_the_dtype_stays():
     x = np.random.default_rng(1).normal(size=(1, 4, 6, 2)).astype(np.float16)
-    for resize in (bicubic_resize, nearest_resize):
+    for resize in RESIZES:
         same = resize(x, 4, 6)
         assert same.dtype == x.dtype
         np.testing.assert_array_equal(same, x)
 
 
-@pytest.mark.parametrize("resize", [bicubic_resize, nearest_resize])
+@pytest.mark.parametrize("resize", RESIZES)
 def test_what_is_no_image_or_no_size_is_refused(resize):
     with pytest.raises(ValueError, match=r"\[B, H, W, C\], got \(1, 5\)"):
         resize(ROW[0, 0, :, :].T, 2, 2)
