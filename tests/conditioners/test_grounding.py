@@ -60,12 +60,18 @@ def test_groundings_of_several_kinds_are_one_list_of_objects():
     both = combine(**PARTS)
     params = params_of(both)
     assert set(params) == set(PARTS)
-    grounding = jax.jit(lambda p: both.apply(p, BATCH, None))(params).grounding
+
+    @jax.jit
+    def run(params):
+        alone = {name: part.apply(params[name], BATCH, None) for name, part in PARTS.items()}
+        return both.apply(params, BATCH, None).grounding, alone
+
+    grounding, alone = run(params)
     assert grounding.objects.shape == (B, sum(NUM_OBJECTS.values()), D)
     np.testing.assert_array_equal(grounding.gate, np.ones(B))
     start = 0
-    for name, part in PARTS.items():
-        own = part.apply(params[name], BATCH, None).grounding.objects
+    for name in PARTS:
+        own = alone[name].grounding.objects
         end = start + NUM_OBJECTS[name]
         np.testing.assert_allclose(grounding.objects[:, start:end], own, atol=1e-4)
         start = end
