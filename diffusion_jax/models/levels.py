@@ -184,6 +184,11 @@ class EncoderConfig:
         groups = self.middle_attention_groups
         if self.middle_blocks not in (0, 1, 2):
             raise ValueError(f"middle_blocks must be 0, 1 or 2, got {self.middle_blocks}")
+        if self.middle_blocks == 0 and (self.middle_out_scale != 1.0 or not self.middle_time_act):
+            raise ValueError(
+                "middle_out_scale and middle_time_act belong to blocks, got middle_blocks = 0 with "
+                f"{self.middle_out_scale} and {self.middle_time_act}"
+            )
         if groups is not None and self.middle_attention is not True:
             raise ValueError(
                 "middle_attention_groups belongs to middle_attention=True, "

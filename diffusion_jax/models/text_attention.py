@@ -50,6 +50,11 @@ class TextAttention:
             )
         if self.text_norm not in TEXT_NORMS:
             raise ValueError(f"text_norm must be one of {TEXT_NORMS}, got {self.text_norm!r}")
+        if self.text_norm != "group" and self.text_norm_groups != TextAttention.text_norm_groups:
+            raise ValueError(
+                "text_norm_groups belongs to text_norm='group', "
+                f"got {self.text_norm_groups} with {self.text_norm!r}"
+            )
 
     def heads(self, channels: int, num_heads: int) -> int:
         """Number of heads at a width.

@@ -96,6 +96,7 @@ def test_heads_are_those_of_the_specification_or_of_the_network(spec, expected):
     ({"num_heads": 2, "head_dim": 4}, "num_heads = 2 and head_dim = 4"),
     ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
     ({"text_norm": "batch"}, "got 'batch'"),
+    ({"text_norm_groups": 4}, "belongs to text_norm='group', got 4 with None"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_refused(spec, words):
     with pytest.raises(ValueError, match=words):

@@ -339,6 +339,10 @@ def test_half_precision_is_finite_and_near(config):
         (lambda: LevelConfig(4, resample="stride"), "got 'stride'"),
         (lambda: LevelConfig(4, out_scale=0.0), "out_scale must be positive"),
         (lambda: UNetConfig(middle_blocks=3), "middle_blocks must be 0, 1 or 2"),
+        (
+            lambda: UNetConfig(middle_blocks=0, middle_attention=False, middle_out_scale=2.0),
+            "belong to blocks, got middle_blocks = 0 with 2.0",
+        ),
         (lambda: UNetConfig(act="tanh"), "act must be one of"),
         (lambda: UNetConfig(embed_act="tanh"), "embed_act must be one of"),
         (
