@@ -67,7 +67,7 @@ class AutoencoderConfig:
         convolution of either half it is always SiLU.
       scaling_factor: the diffusion sees latents · scaling_factor.
       sample_size: height and width of the training images in pixels.
-      force_upcast: where float16 is asked for, float32 is meant, as some weights overflow.
+      force_upcast: compute in float32 where float16 is asked for, as some weights overflow.
 
     Raises:
       ValueError: if a value is out of range or two of them contradict each other.
@@ -105,6 +105,11 @@ class AutoencoderConfig:
                     "up_levels must be as many as levels, since they undo their halvings, "
                     f"got {len(self.up_levels)} and {len(self.levels)}"
                 )
+
+    def activation_dtype(self, dtype: DType) -> jnp.dtype:
+        """What the activations are computed in where `dtype` is asked for."""
+        dtype = jnp.dtype(dtype)
+        return jnp.dtype(jnp.float32) if self.force_upcast and dtype == jnp.float16 else dtype
 
     @property
     def bottom_channels(self) -> int:
@@ -390,10 +395,11 @@ class AutoencoderKLConfig(AutoencoderConfig):
         """The module, computing in `dtype` with parameters of `param_dtype`.
 
         Args:
-          dtype: of the activations, a dtype or its name.
+          dtype: of the activations, a dtype or its name; see `force_upcast` for float16.
           param_dtype: of the parameters, a dtype or its name.
         """
-        return AutoencoderKL(self, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype))
+        dtype = self.activation_dtype(dtype)
+        return AutoencoderKL(self, dtype=dtype, param_dtype=jnp.dtype(param_dtype))
 
 
 class AutoencoderKL(nn.Module):

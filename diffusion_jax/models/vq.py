@@ -150,10 +150,11 @@ class VQModelConfig(AutoencoderConfig):
         """The module, computing in `dtype` with parameters of `param_dtype`.
 
         Args:
-          dtype: of the activations, a dtype or its name.
+          dtype: of the activations, a dtype or its name; see `force_upcast` for float16.
           param_dtype: of the parameters, a dtype or its name.
         """
-        return VQModel(self, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype))
+        dtype = self.activation_dtype(dtype)
+        return VQModel(self, dtype=dtype, param_dtype=jnp.dtype(param_dtype))
 
 
 class VQModel(nn.Module):

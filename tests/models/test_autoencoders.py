@@ -259,6 +259,14 @@ def test_upsamplings_keep_a_constant_and_repeat_a_pixel():
     )
 
 
+@pytest.mark.parametrize("config", [KL, VQ], ids=["kl", "vq"])
+def test_float16_is_computed_in_float32_where_the_weights_may_overflow(config):
+    forced, plain = (dataclasses.replace(config, force_upcast=each) for each in (True, False))
+    assert forced.build(dtype="float16", param_dtype="float16").dtype == jnp.float32
+    assert plain.build(dtype="float16").dtype == jnp.float16
+    assert forced.build(dtype="bfloat16").dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
