@@ -179,6 +179,12 @@ def test_compilation_is_reported_apart(capsys):
     assert "compiling…" in captured.err and "training: 100%" in captured.err
 
 
+def _wait_until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.001)
+
+
 def test_a_second_signal_acts_at_once(tmp_path):
     def hook(position):
         if position != 1:
@@ -186,11 +192,9 @@ def test_a_second_signal_acts_at_once(tmp_path):
         handler = signal.getsignal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         # Python runs handlers a little later, and two signals that wait are one to it.
-        while signal.getsignal(signal.SIGINT) is handler:
-            time.sleep(0.001)
+        _wait_until(lambda: signal.getsignal(signal.SIGINT) is not handler)
         signal.raise_signal(signal.SIGINT)
-        while True:
-            time.sleep(0.001)
+        _wait_until(lambda: False)
 
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(KeyboardInterrupt):
