@@ -244,7 +244,7 @@ def test_averages_are_found_by_names_without_dots():
     ({"num_res_blocks": [1, 1, 1]}, "one for each of the 2 levels"),
     ({"modelchannels": 3}, "did you mean 'model_channels'"),
     ({"num_head_channels": 0}, "num_head_channels .* at least 1, got 0"),
-    ({"channel_mult": 2}, "channel_mult .* list of numbers, got 2"),
+    ({"channel_mult": 2}, "channel_mult .* like its default .*, got 2"),
 ])  # fmt: skip
 def test_a_unet_that_is_not_computed_here_is_named(change, words):
     with pytest.raises(UnsupportedOption, match=words):
