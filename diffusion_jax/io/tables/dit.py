@@ -10,6 +10,7 @@ from diffusion_jax.io.tables.options import (
     require,
     require_integers,
 )
+from diffusion_jax.io.tables.transformer import SELF_ATTENTION_BLOCK_ROWS
 
 CLASS = "DiTTransformer2DModel"
 # The class that the first released DiTs name; diffusers reads such files as its DiT class.
@@ -199,13 +200,7 @@ def dit_options(form: DiTForm) -> dict[str, Any]:
 
 _BLOCK = (
     Row("norm1.linear", "modulation", "linear"),
-    Row("attn1.to_q", "attn/query", "linear"),
-    Row("attn1.to_k", "attn/key", "linear"),
-    Row("attn1.to_v", "attn/value", "linear"),
-    Row("attn1.to_out.0", "attn/out", "linear"),
-    Row("norm3", "norm_2", "norm"),
-    Row("ff.net.0.proj", "mlp_1", "linear"),
-    Row("ff.net.2", "mlp_2", "linear"),
+    *SELF_ATTENTION_BLOCK_ROWS,
 )
 _TIME = (
     Row("linear_1", "dense_1", "linear"),

@@ -10,6 +10,7 @@ from diffusion_jax.io.tables.options import (
     require,
     require_integers,
 )
+from diffusion_jax.io.tables.transformer import SELF_ATTENTION_BLOCK_ROWS
 
 PRIOR = "PriorTransformer"
 PRIOR_DEFAULTS: Mapping[str, Any] = {
@@ -105,13 +106,7 @@ def prior_options(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 _BLOCK = (
     Row("norm1", "norm_1", "norm"),
-    Row("attn1.to_q", "attn/query", "linear"),
-    Row("attn1.to_k", "attn/key", "linear"),
-    Row("attn1.to_v", "attn/value", "linear"),
-    Row("attn1.to_out.0", "attn/out", "linear"),
-    Row("norm3", "norm_2", "norm"),
-    Row("ff.net.0.proj", "mlp_1", "linear"),
-    Row("ff.net.2", "mlp_2", "linear"),
+    *SELF_ATTENTION_BLOCK_ROWS,
 )
 _NETWORK = (
     Row("encoder_hidden_states_proj", "token_in", "linear"),

@@ -39,6 +39,14 @@ BLOCK_ROWS: tuple[Row, ...] = (
     *_FEED_FORWARD,
 )
 
+# What diffusers' transformers without cross-attention (DiT, priors) share, relative to a block.
+SELF_ATTENTION_BLOCK_ROWS: tuple[Row, ...] = (
+    *_attention("attn1", "attn"),
+    Row("norm3", "norm_2", "norm"),
+    Row("ff.net.0.proj", "mlp_1", "linear"),
+    Row("ff.net.2", "mlp_2", "linear"),
+)
+
 
 def spatial_transformer_rows(*, linear_projections: bool = False) -> tuple[Row, ...]:
     """The table of a spatial transformer, relative to its module.
