@@ -1,6 +1,7 @@
 """Conditioners: from a batch to the routes into the network."""
 
 from diffusion_jax.conditioners.base import UNCONDITIONAL, Conditioner, combine, with_dropout
+from diffusion_jax.conditioners.clip_projection import clip_projection
 from diffusion_jax.conditioners.embeddings import (
     given_tokens,
     given_vector,
@@ -30,8 +31,10 @@ from diffusion_jax.conditioners.image import known_pixels, low_res
 from diffusion_jax.conditioners.label import label
 
 CONDITIONERS = {
+    "clip_projection": clip_projection,
     "given_tokens": given_tokens,
     "given_vector": given_vector,
+    "glide_text": glide_text,
     "guidance_scale": guidance_scale,
     "image_hint": image_hint,
     "image_tokens": image_tokens,
@@ -58,6 +61,7 @@ __all__ = [
     "CONDITIONERS",
     "UNCONDITIONAL",
     "Conditioner",
+    "clip_projection",
     "combine",
     "given_tokens",
     "given_vector",
