@@ -209,7 +209,9 @@ class PixelAttention:
 
     Attributes:
       num_heads: number of heads.
-      head_dim: width of a head; None for the number of channels / num_heads.
+      head_dim: width of a head; None for the number of channels / num_heads. It says nothing of
+        their number, unlike that of the network and of the other attentions: head_dim=64 alone
+        is a single head of 64.
       norm: whether there is a group norm before it.
       norm_groups: groups of the norm; None for those of the network.
 
