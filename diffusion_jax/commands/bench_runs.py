@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax import struct
 from tqdm.auto import tqdm
 
 from diffusion_jax.commands.bench_calls import Steps
@@ -22,6 +21,7 @@ from diffusion_jax.commands.run import restore_params
 from diffusion_jax.commands.sample import make_sampler
 from diffusion_jax.commands.scores import Real
 from diffusion_jax.configuration import kind_of
+from diffusion_jax.core import struct
 from diffusion_jax.core.arrays import image_keys
 from diffusion_jax.core.grid import Grid
 from diffusion_jax.core.timesteps import TIMESTEPS

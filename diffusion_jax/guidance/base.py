@@ -2,14 +2,13 @@
 
 from typing import Protocol
 
-from flax import struct
-
+from diffusion_jax.core import struct
 from diffusion_jax.core.condition import Condition
 from diffusion_jax.core.types import DenoiseFn
 
 
 class Guide(Protocol):
-    """(denoiser, null condition) -> denoiser. Implementations are flax.struct dataclasses.
+    """(denoiser, null condition) -> denoiser. Implementations are dataclasses of `core.struct`.
 
     Source: none; a convention of this library.
     """

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.arrays import per_example
 from diffusion_jax.core.condition import Condition
 from diffusion_jax.core.types import Array, DenoiseFn, LogProb, NoiseLevel, Prediction

@@ -4,8 +4,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.arrays import halves, per_example, twice
 from diffusion_jax.core.condition import Condition, together
 from diffusion_jax.core.types import Array, DenoiseFn, NoiseLevel, Prediction

@@ -1,8 +1,8 @@
 """Negative conditions: guidance away from what a picture should not show."""
 
 import jax
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.condition import Condition
 from diffusion_jax.core.types import Array, DenoiseFn, NoiseLevel, Prediction
 from diffusion_jax.guidance.base import Guide

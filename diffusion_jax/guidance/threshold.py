@@ -1,8 +1,8 @@
 """Thresholding of x̂0 to the range of the data."""
 
 import jax.numpy as jnp
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.arrays import per_example
 from diffusion_jax.core.condition import Condition
 from diffusion_jax.core.types import Array, DenoiseFn, NoiseLevel, Prediction

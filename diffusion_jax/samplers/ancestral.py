@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.arrays import per_image_normal
 from diffusion_jax.core.forward import root
 from diffusion_jax.core.grid import Grid, schedule_time

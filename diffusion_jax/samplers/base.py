@@ -5,8 +5,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.arrays import fold_in_each, per_image_normal
 from diffusion_jax.core.grid import Grid, with_middle
 from diffusion_jax.core.schedules import NoiseSchedule
@@ -52,7 +52,7 @@ class StepInfo(NamedTuple):
 class Sampler(Protocol):
     """What turns a denoiser into samples: a pure step from one level to the next.
 
-    Implementations are flax.struct dataclasses whose continuous knobs are leaves.
+    Implementations are dataclasses of `core.struct` whose continuous knobs are leaves.
 
     Source: none; a convention of this library.
     """

@@ -1,8 +1,8 @@
 """Samplers of networks that jump to the end of the flow: consistency models, LCM and TCD."""
 
 import jax.numpy as jnp
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.arrays import per_image_normal
 from diffusion_jax.core.forward import root
 from diffusion_jax.core.grid import Grid, schedule_time

@@ -1,7 +1,6 @@
 """DDIM: a first-order step between any two levels, with as much noise as wanted."""
 
-from flax import struct
-
+from diffusion_jax.core import struct
 from diffusion_jax.core.arrays import per_image_normal
 from diffusion_jax.core.types import Array, Key, NoiseLevel
 from diffusion_jax.samplers.ancestral import ancestral_rates

@@ -1,8 +1,8 @@
 """Ancestral sampling: draw from the posterior q(x_s | x_t, x̂0) with a chosen variance."""
 
 import jax.numpy as jnp
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.arrays import per_example, per_image_normal
 from diffusion_jax.core.forward import posterior_mean, posterior_std, transition
 from diffusion_jax.core.types import Array, Key, NoiseLevel, Prediction

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.types import Array, Key, NoiseLevel
 from diffusion_jax.samplers import exponential
 from diffusion_jax.samplers.base import Denoise, StepInfo, need_middle, noise_from_x0

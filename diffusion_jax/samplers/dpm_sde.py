@@ -4,8 +4,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.arrays import fold_in_each, per_image_normal
 from diffusion_jax.core.types import Array, Key, NoiseLevel
 from diffusion_jax.samplers.ancestral import ancestral_rates

@@ -2,8 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.arrays import per_image_normal
 from diffusion_jax.core.types import Array, Key, NoiseLevel
 from diffusion_jax.samplers import exponential

@@ -1,8 +1,8 @@
 """DPM-Solver in multistep form: its ++ and SDE variants, orders 1 to 3, one call a step."""
 
 import jax.numpy as jnp
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.arrays import per_image_normal
 from diffusion_jax.core.types import Array, Key, NoiseLevel
 from diffusion_jax.samplers import exponential

@@ -5,8 +5,8 @@ Euler along the straight path is `Euler`: x + (σ_s - σ_t) u with the velocity 
 """
 
 import jax
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.arrays import per_image_normal
 from diffusion_jax.core.types import Array, Key, NoiseLevel
 from diffusion_jax.samplers.base import Denoise, SamplerState, StepInfo, noise_from_x0

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.arrays import image_keys, per_example
 from diffusion_jax.core.grid import Grid
 from diffusion_jax.core.types import Array, Key, NoiseLevel, Prediction

@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.arrays import per_image_normal
 from diffusion_jax.core.forward import transition
 from diffusion_jax.core.grid import Grid

@@ -2,8 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.types import Array, Key, NoiseLevel
 from diffusion_jax.samplers.base import Denoise, SamplerState, StepInfo, need_middle, noise_from_x0
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.types import Array, NoiseLevel
 from diffusion_jax.samplers.base import Denoise, noise_from_x0
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.arrays import per_image_normal
 from diffusion_jax.core.types import Array, Key, NoiseLevel
 from diffusion_jax.samplers.base import Denoise, StepInfo

@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.arrays import fold_in_each, per_image_normal
 from diffusion_jax.core.forward import add_noise, transition
 from diffusion_jax.core.types import Array, Key, NoiseLevel

@@ -1,8 +1,8 @@
 """UniPC: a multistep predictor, corrected by the prediction at its end without another call."""
 
 import jax.numpy as jnp
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.types import Array, Key, NoiseLevel
 from diffusion_jax.samplers import exponential
 from diffusion_jax.samplers.base import Denoise, StepInfo

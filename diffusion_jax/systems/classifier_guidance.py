@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
-from flax import struct
 
 from diffusion_jax.conditioners import UNCONDITIONAL, label
+from diffusion_jax.core import struct
 from diffusion_jax.core.arrays import as_arrays
 from diffusion_jax.core.condition import Condition
 from diffusion_jax.core.types import Array, Batch, DenoiseFn, Key, LogProb, Params

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.params import by_glob, merge, partition
 from diffusion_jax.core.types import AdaptiveLoss, Array, LossFn, Params
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from diffusion_jax.core import struct
 from diffusion_jax.io.checkpoint import CheckpointMismatchError, Checkpoints, resolve
 
 

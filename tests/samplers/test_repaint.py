@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 
+from diffusion_jax.core import struct
 from diffusion_jax.core.arrays import image_keys
 from diffusion_jax.core.repaint_grid import single_step_jumps
 from diffusion_jax.core.schedules import Cosine, CosineLogSNR, Linear, adm_linear
