@@ -1,4 +1,4 @@
-"""Replaces the noise that samplers draw, in every module of samplers at once."""
+"""Replaces the noise that samplers and phases draw, in every module of theirs at once."""
 
 import contextlib
 import sys
@@ -9,9 +9,10 @@ from unittest import mock
 
 @contextlib.contextmanager
 def drawn_by(draw: Callable[[Any, Any], Any]) -> Iterator[None]:
-    """Samplers call draw(keys, x) where they would draw standard normal noise like x."""
+    """They call draw(keys, x) where they would draw standard normal noise like x."""
+    places = ("diffusion_jax.samplers.", "diffusion_jax.systems.")
     with contextlib.ExitStack() as stack:
         for name, module in sorted(sys.modules.items()):
-            if name.startswith("diffusion_jax.samplers.") and hasattr(module, "per_image_normal"):
+            if name.startswith(places) and hasattr(module, "per_image_normal"):
                 stack.enter_context(mock.patch.object(module, "per_image_normal", draw))
         yield

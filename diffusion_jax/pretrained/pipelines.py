@@ -1,10 +1,13 @@
 """Pipelines as diffusers lays them out: model_index.json and a folder for each part."""
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import jax
 
 from diffusion_jax.data.tokenizer_files import KINDS
 from diffusion_jax.data.tokenizers import Tokenizer
@@ -21,6 +24,9 @@ from diffusion_jax.pretrained.networks import (
     save_network,
 )
 from diffusion_jax.pretrained.schedulers import CLASSES, Scheduler, from_config, to_config
+
+if TYPE_CHECKING:
+    from diffusion_jax.pretrained.calls import Drawn
 
 INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
@@ -71,6 +77,67 @@ class Pipeline(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self.parts)
+
+    def replace(self, **parts: Any) -> "Pipeline":
+        """The pipeline with other parts: replace(scheduler=…).
+
+        Raises:
+          ValueError: if it has no part of that name.
+        """
+        if unknown := sorted(set(parts) - set(self.parts)):
+            raise ValueError(f"there are no parts {unknown}, only {sorted(self.parts)}")
+        return dataclasses.replace(self, parts={**self.parts, **parts})
+
+    def on_host(self) -> "Pipeline":
+        """The pipeline with all parameters in the host's memory.
+
+        A call then brings the parameters of one phase after the other to the device, which needs
+        room for the largest of its components instead of all of them.
+        """
+        networks = {
+            name: part._replace(params=jax.device_get(part.params))
+            for name, part in self.parts.items()
+            if isinstance(part, Loaded)
+        }
+        return self.replace(**networks)
+
+    def __call__(self, *args: Any, **words: Any) -> "Drawn":
+        """Draws images, with the words of diffusers' pipelines.
+
+        pipeline("a photo of a cat", num_inference_steps=30, seed=0).images
+
+        Which words there are depends on the pipeline's class and on what is given, an image or a
+        mask for example: `TASKS` lists them. Arrays are NHWC. Beside diffusers' there are:
+
+        Args:
+          args: the prompt.
+          words: of the task. Of every one:
+            seed or key, in place of a generator: image i depends on it and i alone; drawn afresh
+            where neither is given, and returned. output_type "pil", "np" or "jax" for images in
+            [0, 1], "latent". sampler, a value of `SAMPLERS` or its name, in place of the
+            scheduler's, on a grid of `spacing`. mesh, a `training.parallel.make_mesh` over whose
+            devices the images are split. progress, a `Progress`.
+            callback_on_step_end(pipeline, step, t, {"latents": …}) may return other latents.
+
+        Returns:
+          Images, task and seed.
+
+        Raises:
+          ValueError: if the class cannot be called, a word is unknown, missing or out of range.
+        """
+        from diffusion_jax.pretrained.calls import TASKS
+        from diffusion_jax.pretrained.calls.base import choose, completed, named, run
+
+        if self.class_name not in TASKS:
+            raise ValueError(
+                f"a {self.class_name} cannot be called; its parts can be used one by one. Classes "
+                f"that can be: {', '.join(sorted(TASKS))}"
+            )
+        tasks = TASKS[self.class_name]
+        words = named(tasks, args, words)
+        task = choose(tasks, self.class_name, words)
+        words = completed(task, self.class_name, words)
+        return run(self, task, task.prepare(self, words), words)
 
 
 def _entries(folder: Path) -> tuple[str, dict[str, tuple[str, str] | None], dict[str, Any]]:

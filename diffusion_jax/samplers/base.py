@@ -137,15 +137,57 @@ def sample(
     # Under jax_enable_x64 grids are in float64, and would make the state of the loop so too.
     grid = grid.astype(x_T.dtype)
     state = sampler.init(x_T)
+    step = _step_of(sampler, denoise, grid, keys)
+    if trace is None:
+        return _loop(grid.start, grid.stop, step, state).x, None
+    shapes = jax.eval_shape(trace, state)
     max_steps = grid.levels.t.shape[0] - 1
-    record = None
-    if trace is not None:
-        shapes = jax.eval_shape(trace, state)
-        record = jax.tree.map(lambda s: jnp.zeros((max_steps, *s.shape), s.dtype), shapes)
+    record = jax.tree.map(lambda s: jnp.zeros((max_steps, *s.shape), s.dtype), shapes)
 
-    def step(index, carry):
+    def traced_step(index, carry):
         state, record = carry
-        state = sampler.step(
+        state = step(index, state)
+        return state, jax.tree.map(lambda r, v: r.at[index].set(v), record, trace(state))
+
+    state, record = _loop(grid.start, grid.stop, traced_step, (state, record))
+    return state.x, record
+
+
+def advance(
+    sampler: Sampler,
+    denoise: Denoise,
+    grid: Grid,
+    state: Any,
+    keys: Key,
+    first: Array | int,
+    stop: Array | int,
+) -> Any:
+    """The state of a sampler after steps first … stop - 1 of a grid; `sample` in pieces.
+
+    Where the pieces lie end to end they make the steps that `sample` makes, so that a caller may
+    look at the sample, or change it, between them.
+
+    Args:
+      sampler, denoise, keys: as of `sample`.
+      grid: the whole one; its start and stop are those of the whole run.
+      state: before the step `first`; sampler.init(x_T) before the first of all.
+      first, stop: indices of steps, within start … stop of the grid.
+
+    Raises:
+      ValueError: if the state's x is not float32, or keys are not one per image.
+
+    Source: none; a convention of this library.
+    """
+    _check(state.x, keys)
+    step = _step_of(sampler, denoise, grid.astype(state.x.dtype), keys)
+    return _loop(first, stop, step, state)
+
+
+def _step_of(
+    sampler: Sampler, denoise: Denoise, grid: Grid, keys: Key
+) -> Callable[[Array | int, Any], Any]:
+    def step(index, state):
+        return sampler.step(
             fold_in_each(keys, index),
             denoise,
             state,
@@ -153,14 +195,14 @@ def sample(
             grid.next_level(index),
             StepInfo(index, grid.start, grid.stop, grid.middle_level(index)),
         )
-        if trace is not None:
-            record = jax.tree.map(lambda r, v: r.at[index].set(v), record, trace(state))
-        return state, record
 
-    if isinstance(grid.start, int) and isinstance(grid.stop, int):
+    return step
+
+
+def _loop(first: Array | int, stop: Array | int, step: Callable, carry: Any) -> Any:
+    if isinstance(first, int) and isinstance(stop, int):
         step = jax.checkpoint(step)
-    state, record = jax.lax.fori_loop(grid.start, grid.stop, step, (state, record))
-    return state.x, record
+    return jax.lax.fori_loop(first, stop, step, carry)
 
 
 def fit_grid(sampler: Sampler, grid: Grid, schedule: NoiseSchedule) -> Grid:

@@ -29,6 +29,7 @@ from tests.parity import (
     ldm,
     ldm_tables,
     originals,
+    pipelines,
     priors,
     samplers,
     tokenizers,
@@ -38,6 +39,7 @@ from tests.parity.layouts import NotRun
 # (case, folder) -> outputs by name, or None where the library cannot do what the case asks.
 Handler = Callable[[Mapping[str, Any], Path], Mapping[str, np.ndarray] | None]
 HANDLERS: tuple[Handler, ...] = (
+    pipelines.run,
     samplers.run,
     ldm.run,
     ldm_tables.run,

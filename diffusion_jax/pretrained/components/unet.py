@@ -57,6 +57,10 @@ class ReleasedUNetConfig:
     grounding: GroundingConfig | None = None
     kept: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __hash__(self) -> int:
+        # Mappings have no hash; what is equal has these equal.
+        return hash((self.network, self.in_channels, self.grounding))
+
     def build(self, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32) -> UNet:
         """The network, computing in `dtype` with parameters of `param_dtype`.
 

@@ -1,0 +1,13 @@
+"""Calls: the words of diffusers' pipelines, checked and turned into phases and arrays."""
+
+from collections.abc import Mapping
+
+from diffusion_jax.pretrained.calls.base import Drawn, Job, Progress, Task
+from diffusion_jax.pretrained.calls.stable_diffusion import TEXT_TO_IMAGE
+
+# Class of a pipeline -> what it can be called for; the first task whose needs are given is done.
+TASKS: Mapping[str, tuple[Task, ...]] = {
+    "StableDiffusionPipeline": (TEXT_TO_IMAGE,),
+}
+
+__all__ = ["TASKS", "Drawn", "Job", "Progress", "Task"]

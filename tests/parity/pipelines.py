@@ -1,0 +1,222 @@
+"""Runs reference cases of diffusers' pipelines: the same call of what `from_pretrained` loads."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax.core.arrays import fold_in_each, image_keys
+from diffusion_jax.pretrained import Loaded, Pipeline, from_config, from_pretrained
+from diffusion_jax.pretrained.calls import TASKS
+from diffusion_jax.pretrained.calls.base import choose, completed
+from diffusion_jax.samplers.base import _INITIAL_NOISE
+from diffusion_jax.systems import phases
+from diffusion_jax.systems.phases import PURPOSES
+from tests.noise import drawn_by
+
+SEED = 0
+# What the parts of a pipeline are called whose inputs and outputs are recorded.
+DENOISERS = ("unet", "transformer", "prior", "decoder", "super_res_first", "super_res_last")
+# In which order a pipeline draws what its schedulers do not draw, where it is not the initial noise.
+DRAWS: Mapping[str, tuple[str, ...]] = {
+    "StableDiffusionUpscalePipeline": ("low_res", "initial"),
+    "IFSuperResolutionPipeline": ("initial", "low_res"),
+}
+# Pipelines whose condition comes first in a batch of two halves; the others' comes last.
+CONDITION_FIRST = ("DiTPipeline",)
+# Words that we call otherwise, or not at all.
+LEFT_OUT = ("clean_caption",)
+
+
+def run(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | None:
+    """Outputs of a case by name; None if it is no pipeline that can be called here."""
+    if case.get("checkpoint_format") != "diffusers-pipeline" or "call_kwargs" not in case:
+        return None
+    class_name = case["class"].rpartition(".")[2]
+    if class_name not in TASKS:
+        return None
+    with np.load(folder / case["inputs_file"]) as file:
+        inputs = dict(file)
+    pipeline = _pipeline(case, folder, class_name)
+    words = _words(case, inputs)
+    task = choose(TASKS[class_name], class_name, words)
+    job = task.prepare(pipeline, completed(task, class_name, words))
+    seen: dict[str, list[dict[str, np.ndarray]]] = {}
+    with _recorded_noise(case, inputs, job.num_images), _watched(pipeline, seen):
+        drawn = pipeline(**words, seed=SEED)
+    return _outputs(case, class_name, pipeline, job, seen, np.asarray(drawn.images))
+
+
+def _pipeline(case: Mapping[str, Any], folder: Path, class_name: str) -> Pipeline:
+    found = from_pretrained(folder / case["checkpoint"], ignore_unknown=True)
+    assert isinstance(found, Pipeline)
+    parts = {name: from_config(config) for name, config in case.get("schedulers", {}).items()}
+    return Pipeline(class_name, {**found.parts, **parts}, found.options, found.entries)
+
+
+def _words(case: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The call's arguments; tensors in our layout, pictures as pictures."""
+    from PIL import Image
+
+    def given(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping) and "tensor" in value:
+            return _nhwc(inputs[name])
+        if isinstance(value, Mapping) and "PIL" in value:
+            return Image.fromarray(inputs[name])
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            return [given(f"{name}.{i}", each) for i, each in enumerate(value)]
+        return value
+
+    return {
+        name: given(name, value)
+        for name, value in case["call_kwargs"].items()
+        if name not in LEFT_OUT
+    }
+
+
+def _nhwc(x: np.ndarray) -> np.ndarray:
+    return np.moveaxis(x, 1, -1) if x.ndim == 4 else x
+
+
+def _nchw(x: np.ndarray) -> np.ndarray:
+    return np.moveaxis(x, -1, 1) if x.ndim == 4 else x
+
+
+# What the programs that were compiled under `_recorded_noise` look up.
+_drawn: dict[bytes, np.ndarray] = {}
+_queue: list[np.ndarray] = []
+
+
+def _key_bytes(keys: Any) -> bytes:
+    return np.asarray(jax.random.key_data(keys)).tobytes()
+
+
+def _look_up(data: Any, like: Any) -> np.ndarray:
+    """The recorded noise of known keys; of others, that of the schedulers in its order."""
+    key, shape = np.asarray(data).tobytes(), np.shape(like)
+    if key not in _drawn:
+        fits = _queue and _queue[0].shape == shape
+        _drawn[key] = _queue.pop(0) if fits else np.zeros(shape, np.float32)
+    return np.asarray(_drawn[key], np.float32).reshape(shape)
+
+
+@contextlib.contextmanager
+def _recorded_noise(
+    case: Mapping[str, Any], inputs: Mapping[str, np.ndarray], num_images: int
+) -> Iterator[None]:
+    """Draws what the peer drew, wherever that was."""
+    keys = image_keys(SEED, np.arange(num_images))
+    folds = {"initial": _INITIAL_NOISE, **PURPOSES}
+    class_name = case["class"].rpartition(".")[2]
+    others = iter(DRAWS.get(class_name, ("initial",)))
+    if class_name in DRAWS and "latents" in case["call_kwargs"]:
+        others = iter([each for each in DRAWS[class_name] if each != "initial"])
+    posteriors = iter(("posterior", "known_posterior"))
+    if "mask_image" in case["call_kwargs"] and _is_masked_first(case):
+        posteriors = iter(("known_posterior",))
+    _drawn.clear()
+    _queue.clear()
+    for i, site in enumerate(case["noise_sites"]):
+        noise = _nhwc(inputs[f"noise_{i:03d}"])
+        if site.startswith("scheduling") or site.startswith("torch"):
+            _queue.append(noise)
+        else:
+            purpose = next(posteriors if site == "vae" else others)
+            _drawn[_key_bytes(fold_in_each(keys, folds[purpose]))] = noise
+
+    def draw(keys: Any, x: Any) -> Any:
+        shape = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+        return jax.pure_callback(_look_up, shape, jax.random.key_data(keys), x)
+
+    compiled = (phases.run_compute, phases.run_start, phases.run_steps)
+    for function in compiled:
+        function.clear_cache()
+    try:
+        with drawn_by(draw):
+            yield
+    finally:
+        for function in compiled:
+            function.clear_cache()
+
+
+def _is_masked_first(case: Mapping[str, Any]) -> bool:
+    """Whether the only picture that is encoded is the one behind the mask."""
+    return case["noise_sites"].count("vae") == 1
+
+
+@contextlib.contextmanager
+def _watched(pipeline: Pipeline, seen: dict[str, list[dict[str, np.ndarray]]]) -> Iterator[None]:
+    """Writes down what goes into the networks of a pipeline and comes out of them."""
+    networks = {name: part for name, part in pipeline.items() if isinstance(part, Loaded)}
+
+    def name_of(module: nn.Module) -> str | None:
+        for name, part in networks.items():
+            if type(part.module) is type(module) and part.module.config == module.config:
+                return name
+        return None
+
+    def note(name: str, values: Mapping[str, Any]) -> None:
+        def write(values):
+            seen.setdefault(name, []).append({k: np.asarray(v) for k, v in values.items()})
+
+        jax.debug.callback(write, values, ordered=True)
+
+    def interceptor(next_function, args, kwargs, context):
+        out = next_function(*args, **kwargs)
+        module = context.module
+        if module.name is not None or not hasattr(module, "config"):
+            return out
+        name = name_of(module)
+        if name in DENOISERS and context.method_name == "__call__":
+            x, t, cond = args[:3]
+            values = {"in": x, "t": t, "out": out}
+            if cond.image is not None:
+                values["in"] = jnp.concatenate([x, cond.image], axis=-1)
+            if cond.tokens is not None:
+                values["encoder_hidden_states"] = cond.tokens
+            note(name, values)
+        if context.method_name == "decode":
+            note("vae", {"in": args[0]})
+        return out
+
+    with nn.intercept_methods(interceptor):
+        yield
+
+
+def _outputs(
+    case: Mapping[str, Any],
+    class_name: str,
+    pipeline: Pipeline,
+    job: Any,
+    seen: Mapping[str, list[dict[str, np.ndarray]]],
+    images: np.ndarray,
+) -> dict[str, np.ndarray]:
+    outputs = {"images": images}
+    repeats = case["call_kwargs"].get("num_images_per_prompt", 1)
+    ids = [job.batch[name][::repeats] for name in ("ids", "null_ids") if name in job.batch]
+    for i, each in enumerate(ids):
+        for encoder in ("text_encoder", "bert"):
+            outputs[f"{encoder}.call{i}.in"] = np.asarray(each)
+    guided = any(control.guided for control in job.controls.values())
+
+    def halves(x: np.ndarray) -> np.ndarray:
+        if not guided:
+            return x
+        pairs = (x[0::2], x[1::2])
+        return np.concatenate(pairs if class_name in CONDITION_FIRST else pairs[::-1])
+
+    for name, calls in seen.items():
+        if name == "vae":
+            outputs["vae_decode_in"] = _nchw(calls[-1]["in"])
+            continue
+        for key in calls[0]:
+            if key != "t":
+                outputs[f"{name}.first_{key}"] = _nchw(halves(calls[0][key]))
+        outputs[f"{name}.last_out"] = _nchw(halves(calls[-1]["out"]))
+        outputs[f"{name}.timesteps"] = np.asarray([call["t"][0] for call in calls])
+    return outputs
