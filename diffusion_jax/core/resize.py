@@ -105,6 +105,41 @@ def bilinear_resize(x: Array, height: int, width: int) -> Array:
     return jax.image.resize(x, shape, "linear", antialias=False)
 
 
+@lru_cache(maxsize=64)
+def _corner_matrix(old: int, new: int) -> np.ndarray:
+    """[new, old] weights of linear interpolation that keeps the first and the last sample."""
+    position = np.linspace(0.0, old - 1, new) if new > 1 else np.zeros(1)
+    low = np.minimum(np.floor(position).astype(int), max(old - 2, 0))
+    matrix, rows = np.zeros((new, old)), np.arange(new)
+    np.add.at(matrix, (rows, low), 1.0 - (position - low))
+    np.add.at(matrix, (rows, np.minimum(low + 1, old - 1)), position - low)
+    return matrix.astype(np.float32)
+
+
+def bilinear_resize_corners(x: Array, height: int, width: int) -> Array:
+    """Resizes linearly so that the corners' pixels stay where they are.
+
+    y[i, j] = x at (i (H - 1) / (H' - 1), j (W - 1) / (W' - 1)), linear between pixels.
+
+    Args:
+      x: [B, H, W, C].
+      height, width: H' and W' of the result, in pixels.
+
+    Returns:
+      [B, H', W', C] float32.
+
+    Raises:
+      ValueError: if x is no image or a size is below 1.
+
+    Source: none; PyTorch's mode "bilinear" with align_corners=True.
+    """
+    _check(x, height, width)
+    rows, columns = _corner_matrix(x.shape[1], height), _corner_matrix(x.shape[2], width)
+    options = {"precision": jax.lax.Precision.HIGHEST}
+    x = jnp.einsum("yh,bhwc->bywc", rows, jnp.asarray(x, jnp.float32), **options)
+    return jnp.einsum("xw,bywc->byxc", columns, x, **options)
+
+
 def _nearest_index(old: int, new: int) -> np.ndarray:
     """[new] the sample that each one repeats."""
     # In float32, since rounding decides where a position falls exactly between two samples.

@@ -1,5 +1,6 @@
 """Tokenizers: prompts to integers with the files of released models, without torch."""
 
+import dataclasses
 import json
 import logging
 import warnings
@@ -120,6 +121,14 @@ class Tokenizer:
             row[: len(numbers)] = numbers
         mask = np.arange(width) < counts[:, None]
         return Tokens(ids[0], mask[0]) if isinstance(prompts, str) else Tokens(ids, mask)
+
+    def with_length(self, length: int) -> "Tokenizer":
+        """The same tokenizer with another length L.
+
+        Raises:
+          ValueError: if no prompt fits into it.
+        """
+        return dataclasses.replace(self, length=length)
 
     def save(self, folder: str | Path) -> None:
         """Writes the files as they were read, and `length` into tokenizer_config.json.

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -16,21 +17,20 @@ from diffusion_jax.pretrained.calls import TASKS
 from diffusion_jax.pretrained.calls.base import choose, completed
 from diffusion_jax.samplers.base import _INITIAL_NOISE
 from diffusion_jax.systems import phases
+from diffusion_jax.systems.latent_diffusion import Denoise2D
 from diffusion_jax.systems.phases import PURPOSES
 from tests.noise import drawn_by
 
 SEED = 0
 # What the parts of a pipeline are called whose inputs and outputs are recorded.
 DENOISERS = ("unet", "transformer", "prior", "decoder", "super_res_first", "super_res_last")
-# In which order a pipeline draws what its schedulers do not draw, where it is not the initial noise.
+# What a pipeline draws itself, in this order, where it is not the initial noise alone.
 DRAWS: Mapping[str, tuple[str, ...]] = {
     "StableDiffusionUpscalePipeline": ("low_res", "initial"),
     "IFSuperResolutionPipeline": ("initial", "low_res"),
 }
 # Pipelines whose condition comes first in a batch of two halves; the others' comes last.
 CONDITION_FIRST = ("DiTPipeline",)
-# Words that we call otherwise, or not at all.
-LEFT_OUT = ("clean_caption",)
 
 
 def run(case: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray] | None:
@@ -72,11 +72,7 @@ def _words(case: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> dict[st
             return [given(f"{name}.{i}", each) for i, each in enumerate(value)]
         return value
 
-    return {
-        name: given(name, value)
-        for name, value in case["call_kwargs"].items()
-        if name not in LEFT_OUT
-    }
+    return {name: given(name, value) for name, value in case["call_kwargs"].items()}
 
 
 def _nhwc(x: np.ndarray) -> np.ndarray:
@@ -177,15 +173,27 @@ def _watched(pipeline: Pipeline, seen: dict[str, list[dict[str, np.ndarray]]]) -
             values = {"in": x, "t": t, "out": out}
             if cond.image is not None:
                 values["in"] = jnp.concatenate([x, cond.image], axis=-1)
-            if cond.tokens is not None:
-                values["encoder_hidden_states"] = cond.tokens
             note(name, values)
         if context.method_name == "decode":
             note("vae", {"in": args[0]})
         return out
 
-    with nn.intercept_methods(interceptor):
+    condition = Denoise2D.condition
+
+    def watched_condition(phase, params, batch, *, null):
+        # As the peer's network takes them, before its own projection.
+        name = "null_tokens" if null else "tokens"
+        if name in batch:
+            note(f"{phase.component}.{name}", {"in": batch[name]})
+        return condition(phase, params, batch, null=null)
+
+    patched = mock.patch.object(Denoise2D, "condition", watched_condition)
+    with nn.intercept_methods(interceptor), patched:
         yield
+
+
+def _guided(job: Any) -> bool:
+    return any(control.guided for control in job.controls.values())
 
 
 def _outputs(
@@ -202,15 +210,25 @@ def _outputs(
     for i, each in enumerate(ids):
         for encoder in ("text_encoder", "bert"):
             outputs[f"{encoder}.call{i}.in"] = np.asarray(each)
-    guided = any(control.guided for control in job.controls.values())
+    if "noise_level" in job.batch:
+        level = np.asarray(job.batch["noise_level"])
+        outputs["unet.first_class_labels"] = np.tile(level, 2 if _guided(job) else 1)
 
     def halves(x: np.ndarray) -> np.ndarray:
-        if not guided:
+        if not _guided(job):
             return x
         pairs = (x[0::2], x[1::2])
         return np.concatenate(pairs if class_name in CONDITION_FIRST else pairs[::-1])
 
     for name, calls in seen.items():
+        if name.endswith("tokens"):
+            component, _, which = name.partition(".")
+            if which == "tokens":
+                sides = [calls[0]["in"]]
+                sides += [each["in"] for each in seen.get(f"{component}.null_tokens", [])[:1]]
+                sides = sides if class_name in CONDITION_FIRST else sides[::-1]
+                outputs[f"{component}.first_encoder_hidden_states"] = np.concatenate(sides)
+            continue
         if name == "vae":
             outputs["vae_decode_in"] = _nchw(calls[-1]["in"])
             continue

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 
+from diffusion_jax.pretrained.calls import deepfloyd
 from diffusion_jax.pretrained.calls.base import Drawn, Job, Progress, Task
 from diffusion_jax.pretrained.calls.stable_diffusion import TEXT_TO_IMAGE
 
 # Class of a pipeline -> what it can be called for; the first task whose needs are given is done.
 TASKS: Mapping[str, tuple[Task, ...]] = {
+    "IFPipeline": (deepfloyd.BASE,),
+    "IFSuperResolutionPipeline": (deepfloyd.SUPER_RESOLUTION,),
     "StableDiffusionPipeline": (TEXT_TO_IMAGE,),
 }
 

@@ -1,0 +1,111 @@
+"""Pictures of a call as arrays: PIL images, files' arrays, and arrays of floats."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from diffusion_jax.core.types import Array
+
+
+def _listed(value: Any, name: str) -> list[Any]:
+    if isinstance(value, list | tuple):
+        if not value:
+            raise ValueError(f"{name} must hold at least one picture, got none")
+        return list(value)
+    if getattr(value, "ndim", 3) == 4:
+        return list(value)
+    return [value]
+
+
+def is_pil(value: Any) -> bool:
+    """Whether a value is a picture of PIL, which is not imported for it."""
+    return hasattr(value, "convert") and hasattr(value, "resize") and hasattr(value, "mode")
+
+
+def _array(value: Any, name: str, mode: str, size: tuple[int, int] | None, filter: str) -> Any:
+    """One picture [H, W, C]: uint8, or float as it was given."""
+    if is_pil(value):
+        from PIL import Image
+
+        picture = value.convert(mode)
+        if size is not None and picture.size != size[::-1]:
+            picture = picture.resize(size[::-1], Image.Resampling[filter.upper()])
+        array = np.asarray(picture)
+        return array[..., None] if array.ndim == 2 else array
+    array = np.asarray(value)
+    array = array[..., None] if array.ndim == 2 else array
+    if array.ndim != 3 or array.dtype.kind not in "uf":
+        raise ValueError(
+            f"{name} must be a picture of PIL or an array [H, W, C] of uint8 or floats, got "
+            f"{array.dtype} of shape {array.shape}"
+        )
+    if array.dtype.kind == "u" and array.dtype != np.uint8:
+        raise ValueError(f"{name} has {array.dtype} numbers; scale it to floats in [0, 1]")
+    if size is not None and array.shape[:2] != tuple(size):
+        raise ValueError(f"{name} must be {size[0]} x {size[1]} pixels, got {array.shape[:2]}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds numbers that are not finite")
+    return array
+
+
+def images_of(
+    value: Any,
+    name: str,
+    *,
+    size: tuple[int, int] | None = None,
+    filter: str = "lanczos",
+    signed: bool = False,
+) -> Array:
+    """Pictures of a call, [B, H, W, 3] float32 in [-1, 1].
+
+    Args:
+      value: a picture or a list of them: of PIL, or arrays [H, W, C] or [B, H, W, C], uint8 or
+        floats in [0, 1].
+      name: of the word, for errors.
+      size: height and width that PIL's pictures are resized to, and that arrays must have.
+      filter: how, a name in PIL's Resampling.
+      signed: floats lie in [-1, 1] instead.
+
+    Raises:
+      ValueError: if there is none, one is no picture, floats are out of range or sizes differ.
+    """
+    found = []
+    for each in _listed(value, name):
+        array = _array(each, name, "RGB", size, filter)
+        if array.dtype == np.uint8:
+            array = array.astype(np.float32) / 127.5 - 1.0
+        else:
+            low = -1.0 if signed else 0.0
+            if array.size and not (array.min() >= low - 1e-3 and array.max() <= 1.0 + 1e-3):
+                raise ValueError(
+                    f"{name} must lie in [{low:g}, 1], got {array.min():g} … {array.max():g}"
+                )
+            array = array.astype(np.float32) if signed else 2.0 * array.astype(np.float32) - 1.0
+        found.append(array)
+    return stacked(found, name)
+
+
+def stacked(arrays: Sequence[np.ndarray], name: str) -> np.ndarray:
+    """Arrays [H, W, C] as one [B, H, W, C].
+
+    Raises:
+      ValueError: if their shapes differ.
+    """
+    shapes = sorted({array.shape for array in arrays})
+    if len(shapes) > 1:
+        raise ValueError(f"{name} must hold pictures of one size, got {shapes}")
+    return np.stack(arrays)
+
+
+def for_each_image(array: Array, count: int, name: str) -> Array:
+    """An array [B, …] for `count` images: one for each, or one, or one for each of several.
+
+    Raises:
+      ValueError: if the number does not divide `count`.
+    """
+    if count % len(array):
+        raise ValueError(
+            f"{name} must be one, or one for each prompt, got {len(array)} for {count}"
+        )
+    return np.repeat(np.asarray(array), count // len(array), axis=0)
