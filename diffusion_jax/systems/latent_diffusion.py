@@ -57,10 +57,56 @@ class EncodeTexts(Compute):
         return found
 
 
+@dataclass(frozen=True)
+class EncodeTextsTwice(Compute):
+    """Integers of two encoders to tokens side by side, and the second one's projection.
+
+    "ids" and "ids_2" [B, L] become "tokens" [B, L, D₁ + D₂], hidden states before the last block,
+    without the final norm, and "text_embedding" [B, D]; "null_ids" and "null_ids_2" likewise, to
+    names that begin with "null_". Where there are no null_ids but "null_zeros", these are zero.
+
+    Attributes:
+      modules: of the text encoders.
+      encoders: their names.
+      skip: blocks at the end that are left out for "ids" and "ids_2", at least 1.
+
+    Source: Podell et al. 2023 (arXiv:2307.01952), section 2.1.
+    """
+
+    modules: tuple[nn.Module, ...]
+    encoders: tuple[str, ...]
+    skip: int = 1
+
+    reads: ClassVar[tuple[str, ...]] = ("ids", "null_ids")
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return self.encoders
+
+    def __call__(self, params: Mapping[str, Params], batch: Batch, keys: Key) -> dict[str, Array]:
+        del keys
+        found = {}
+        for null, skip in (("", self.skip), ("null_", 1)):
+            # A refiner has one encoder alone, the second.
+            names = ("ids", "ids_2")[-len(self.encoders) :]
+            if f"{null}{names[0]}" in batch:
+                sides = [
+                    module.apply({"params": params[encoder]}, batch[f"{null}{ids}"])
+                    for module, encoder, ids in zip(self.modules, self.encoders, names, strict=True)
+                ]
+                hidden = [side.hidden[-1 - skip] for side in sides]
+                found[f"{null}tokens"] = jnp.concatenate(hidden, axis=-1)
+                found[f"{null}text_embedding"] = sides[-1].projected
+        if "null_zeros" in batch:
+            for name in ("tokens", "text_embedding"):
+                found[f"null_{name}"] = jnp.zeros_like(found[name])
+        return found
+
+
 class ConditionedNetwork(Protocol):
     """The configuration of a network that comes with its conditioner; hashable."""
 
-    def conditioner(self, *, dtype: Any) -> Conditioner: ...
+    def conditioner(self, **options: Any) -> Conditioner: ...
 
 
 @dataclass(frozen=True)
@@ -77,6 +123,7 @@ class Denoise2D(Draw):
       learned_variance: what a second half of its output's channels means, see `make_denoiser`.
       drop_variance: leave out the second half of its output's channels.
       component: its name.
+      typed: the configuration's conditioner is told a dtype; that of labels alone is not.
     """
 
     config: ConditionedNetwork = None
@@ -86,6 +133,7 @@ class Denoise2D(Draw):
     learned_variance: str | None = None
     drop_variance: bool = False
     component: str = "unet"
+    typed: bool = True
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -98,7 +146,8 @@ class Denoise2D(Draw):
 
     def condition(self, params: Params, batch: Batch, *, null: bool) -> Condition:
         """The condition, or that of the unconditional branch."""
-        conditioner = self.config.conditioner(dtype=self.module.dtype)
+        options = {"dtype": self.module.dtype} if self.typed else {}
+        conditioner = self.config.conditioner(**options)
         told = params.get("conditioner", {})
         if null:
             condition = conditioner.null(told, batch)

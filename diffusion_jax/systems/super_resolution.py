@@ -6,10 +6,12 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
+from diffusion_jax.core.condition import Condition
 from diffusion_jax.core.forward import add_noise
 from diffusion_jax.core.resize import bilinear_resize_corners
 from diffusion_jax.core.schedules import NoiseSchedule
 from diffusion_jax.core.types import Array, Batch, Key, Params
+from diffusion_jax.systems.latent_diffusion import Denoise2D
 from diffusion_jax.systems.phases import Compute, noise_for
 
 
@@ -42,3 +44,17 @@ class NoiseLowRes(Compute):
         image = image if self.size is None else bilinear_resize_corners(image, *self.size)
         level = self.schedule(batch["noise_level"])
         return {"channels": add_noise(image, noise_for("low_res", keys, image), level)}
+
+
+@dataclass(frozen=True)
+class DenoiseNoised(Denoise2D):
+    """A denoiser whose vector says the noise of a low-resolution image.
+
+    It is the same in the unconditional branch: guidance is towards the text alone.
+    """
+
+    def condition(self, params: Params, batch: Batch, *, null: bool) -> Condition:
+        condition = super().condition(params, batch, null=null)
+        if not null:
+            return condition
+        return condition.replace(vector=super().condition(params, batch, null=False).vector)

@@ -29,6 +29,8 @@ DRAWS: Mapping[str, tuple[str, ...]] = {
     "StableDiffusionUpscalePipeline": ("low_res", "initial"),
     "IFSuperResolutionPipeline": ("initial", "low_res"),
 }
+# Pipelines that encode the negative prompt before the prompt.
+NEGATIVE_FIRST = ("LDMTextToImagePipeline",)
 # Pipelines whose condition comes first in a batch of two halves; the others' comes last.
 CONDITION_FIRST = ("DiTPipeline",)
 
@@ -96,8 +98,9 @@ def _look_up(data: Any, like: Any) -> np.ndarray:
     """The recorded noise of known keys; of others, that of the schedulers in its order."""
     key, shape = np.asarray(data).tobytes(), np.shape(like)
     if key not in _drawn:
-        fits = _queue and _queue[0].shape == shape
-        _drawn[key] = _queue.pop(0) if fits else np.zeros(shape, np.float32)
+        # DiT's pipeline draws for both halves of a guided batch, and uses the first.
+        fits = _queue and _queue[0].shape[1:] == shape[1:]
+        _drawn[key] = _queue.pop(0)[: shape[0]] if fits else np.zeros(shape, np.float32)
     return np.asarray(_drawn[key], np.float32).reshape(shape)
 
 
@@ -206,10 +209,17 @@ def _outputs(
 ) -> dict[str, np.ndarray]:
     outputs = {"images": images}
     repeats = case["call_kwargs"].get("num_images_per_prompt", 1)
-    ids = [job.batch[name][::repeats] for name in ("ids", "null_ids") if name in job.batch]
-    for i, each in enumerate(ids):
-        for encoder in ("text_encoder", "bert"):
-            outputs[f"{encoder}.call{i}.in"] = np.asarray(each)
+    for suffix, encoders in (("", ("text_encoder", "bert")), ("_2", ("text_encoder_2",))):
+        names = [name for name in (f"ids{suffix}", f"null_ids{suffix}") if name in job.batch]
+        names = names[::-1] if class_name in NEGATIVE_FIRST else names
+        for i, name in enumerate(names):
+            for encoder in encoders:
+                outputs[f"{encoder}.call{i}.in"] = np.asarray(job.batch[name][::repeats])
+    if "label" in job.batch and class_name == "DiTPipeline":
+        label = np.asarray(job.batch["label"])
+        null = np.full_like(label, pipeline["transformer"].config.num_classes)
+        both = [label, null] if _guided(job) else [label]
+        outputs["transformer.first_class_labels"] = np.concatenate(both)
     if "noise_level" in job.batch:
         level = np.asarray(job.batch["noise_level"])
         outputs["unet.first_class_labels"] = np.tile(level, 2 if _guided(job) else 1)

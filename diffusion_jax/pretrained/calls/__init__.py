@@ -2,12 +2,26 @@
 
 from collections.abc import Mapping
 
-from diffusion_jax.pretrained.calls import deepfloyd
+from diffusion_jax.pretrained.calls import (
+    deepfloyd,
+    latent_diffusion,
+    sdxl,
+    unconditional,
+    upscaling,
+)
 from diffusion_jax.pretrained.calls.base import Drawn, Job, Progress, Task
 from diffusion_jax.pretrained.calls.stable_diffusion import TEXT_TO_IMAGE
 
 # Class of a pipeline -> what it can be called for; the first task whose needs are given is done.
 TASKS: Mapping[str, tuple[Task, ...]] = {
+    "DDIMPipeline": (unconditional.DDIM,),
+    "DDPMPipeline": (unconditional.DDPM,),
+    "DiTPipeline": (unconditional.DIT,),
+    "LDMSuperResolutionPipeline": (latent_diffusion.SUPER_RESOLUTION,),
+    "LDMTextToImagePipeline": (latent_diffusion.TEXT_TO_IMAGE,),
+    "PNDMPipeline": (unconditional.PNDM,),
+    "StableDiffusionUpscalePipeline": (upscaling.UPSCALE,),
+    "StableDiffusionXLPipeline": (sdxl.TEXT_TO_IMAGE,),
     "IFPipeline": (deepfloyd.BASE,),
     "IFSuperResolutionPipeline": (deepfloyd.SUPER_RESOLUTION,),
     "StableDiffusionPipeline": (TEXT_TO_IMAGE,),

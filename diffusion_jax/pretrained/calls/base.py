@@ -319,14 +319,19 @@ def scheduler_of(scheduler: Scheduler, words: Mapping[str, Any]) -> Scheduler:
     """The scheduler with what diffusers would pass to its `step`.
 
     Raises:
-      ValueError: if it takes no eta and one is given.
+      ValueError: if it does not take what is given.
     """
-    eta = number(words, "eta", 0.0)
-    if "eta" in CLASSES[scheduler.class_name].call:
-        return from_config(to_config(scheduler), **{**dict(scheduler.call), "eta": eta})
-    if eta:
-        raise ValueError(f"{scheduler.class_name} takes no eta; leave it at 0")
-    return scheduler
+    call = {"eta": number(words, "eta", 0.0)}
+    if words.get("use_clipped_model_output") is not None:
+        call["use_clipped_model_output"] = bool(words["use_clipped_model_output"])
+    known = CLASSES[scheduler.class_name].call
+    refused = [name for name, value in call.items() if value and name not in known]
+    if refused:
+        raise ValueError(f"{scheduler.class_name} takes no {' and no '.join(refused)}")
+    taken = {name: value for name, value in call.items() if name in known}
+    if not taken:
+        return scheduler
+    return from_config(to_config(scheduler), **{**dict(scheduler.call), **taken})
 
 
 def control_of(

@@ -89,9 +89,7 @@ def denoise_phase(
         module=unet.module,
         parameterization=scheduler.parameterization,
         time_input=scheduler.time_input,
-        learned_variance=learned,
-        drop_variance=doubled and learned is None,
-        **fields,
+        **{"learned_variance": learned, "drop_variance": doubled and learned is None, **fields},
     )
 
 

@@ -1,0 +1,95 @@
+"""Calls of latent diffusion as first released: texts to images, and small images to larger ones."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusion_jax.core.types import Batch
+from diffusion_jax.guidance import ClassifierFree, Guide, Unguided
+from diffusion_jax.pretrained.calls.base import (
+    PROMPTS,
+    STEPS,
+    Job,
+    Task,
+    control_of,
+    embeds_of,
+    number,
+    texts_of,
+    whole,
+)
+from diffusion_jax.pretrained.calls.images import images_of, is_pil
+from diffusion_jax.pretrained.calls.stable_diffusion import SIZE, denoise_phase, noise_of
+from diffusion_jax.systems.latent_diffusion import DecodeLatents, EncodeTexts
+
+# Tokens of BERT that the encoder was trained with, and what the latents are smaller by, whatever
+# tokenizer and autoencoder say.
+LENGTH = 77
+FACTOR = 8
+
+
+def _text_to_image(pipeline: Any, words: Mapping[str, Any]) -> Job:
+    unet, vae, encoder = pipeline["unet"], pipeline["vqvae"], pipeline["bert"]
+    scheduler, scale = pipeline["scheduler"], number(words, "guidance_scale")
+    guide: Guide = Unguided() if scale == 1.0 else ClassifierFree(scale)
+    texts = texts_of(words, guided=not isinstance(guide, Unguided))
+    batch: Batch = {}
+    tokenizer = pipeline["tokenizer"].with_length(LENGTH)
+    for name, given, embeds, tokens in (
+        ("ids", texts.prompts, "prompt_embeds", "tokens"),
+        ("null_ids", texts.negatives, "negative_prompt_embeds", "null_tokens"),
+    ):
+        if given is not None:
+            found = tokenizer(list(given), on_long_prompt=words["on_long_prompt"])
+            batch = {**batch, name: found.ids}
+        elif words[embeds] is not None:
+            batch = {**batch, tokens: embeds_of(words, embeds)}
+    trained = unet.config.kept["sample_size"]
+    trained = (trained, trained) if isinstance(trained, int) else tuple(trained)
+    size = []
+    for name, default in zip(("height", "width"), trained, strict=True):
+        pixels = default * FACTOR if words[name] is None else whole(words, name)
+        if pixels % FACTOR:
+            raise ValueError(
+                f"height and width must be multiples of {FACTOR}, got {name} = {pixels}"
+            )
+        size.append(pixels // FACTOR)
+    shape = (*size, unet.config.in_channels)
+    batch = {**batch, **noise_of(words, texts.num_images, shape)}
+    phases = (
+        EncodeTexts(encoder.module, component="bert"),
+        denoise_phase(unet, scheduler, shape),
+        DecodeLatents(vae.config, vae.module, component="vqvae"),
+    )
+    return Job(phases, batch, {"denoise": control_of(scheduler, words, guide)}, texts.num_images)
+
+
+def _super_resolution(pipeline: Any, words: Mapping[str, Any]) -> Job:
+    unet, vae, scheduler = pipeline["unet"], pipeline["vqvae"], pipeline["scheduler"]
+    image = words["image"]
+    size = None
+    if is_pil(image):
+        width, height = (side - side % 32 for side in image.size)
+        if not width or not height:
+            raise ValueError(f"image must have at least 32 x 32 pixels, got {image.size}")
+        size = (height, width)
+    low_res = images_of(image, "image", size=size, signed=True)
+    count = len(low_res)
+    shape = (*low_res.shape[1:3], unet.config.in_channels // 2)
+    batch = {"channels": low_res, **noise_of(words, count, shape)}
+    decode = DecodeLatents(vae.config, vae.module, component="vqvae", apply_scale=False)
+    phases = (denoise_phase(unet, scheduler, shape), decode)
+    return Job(phases, batch, {"denoise": control_of(scheduler, words)}, count)
+
+
+TEXT_TO_IMAGE = Task(
+    "text_to_image",
+    {**PROMPTS, **STEPS, **SIZE, "latents": None, "guidance_scale": 1.0},
+    (),
+    _text_to_image,
+)
+SUPER_RESOLUTION = Task(
+    "super_resolution",
+    {**STEPS, "num_inference_steps": 100, "latents": None, "image": None},
+    ("image",),
+    _super_resolution,
+    ("image",),
+)
