@@ -1,5 +1,11 @@
 """Data: configurations by name; sources and iterators are imported when they are used."""
 
-from diffusion_jax.data.pipeline import TFDS, Digits, Folder, ShapesData
+from diffusion_jax.data.pipeline import TFDS, Digits, Folder, ShapesData, WebDataset
 
-DATASETS = {"digits": Digits, "shapes": ShapesData, "folder": Folder, "tfds": TFDS}
+DATASETS = {
+    "digits": Digits,
+    "shapes": ShapesData,
+    "folder": Folder,
+    "webdataset": WebDataset,
+    "tfds": TFDS,
+}

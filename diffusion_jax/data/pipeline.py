@@ -121,6 +121,34 @@ class Folder:
 
 
 @dataclasses.dataclass(frozen=True)
+class WebDataset:
+    """Shards of pictures and captions, as webdataset and img2dataset write them.
+
+    Attributes:
+      shards: a pattern of uncompressed tar files, such as "set/*.tar", with KEY.jpg (or another
+        suffix of `folder.SUFFIXES`) and KEY.txt, or KEY.json that has a string "caption".
+      image_size: the shorter side is scaled to this and the middle is cut out.
+      channels: 3 for RGB, 1 for grey.
+      captions: whether every picture has a caption.
+    """
+
+    shards: str
+    image_size: int
+    channels: int = 3
+    captions: bool = True
+
+    num_classes: ClassVar[None] = None
+
+    def source(self) -> Source:
+        """Examples of image [S, S, C]; caption if asked for."""
+        from diffusion_jax.data.webdataset import WebDatasetSource
+
+        return WebDatasetSource(
+            self.shards, self.image_size, channels=self.channels, captions=self.captions
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class TFDS:
     """A prepared array_record set of TFDS with a feature `image`, and maybe a class `label`.
 
