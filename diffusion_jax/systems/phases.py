@@ -130,9 +130,9 @@ class Draw:
         del params
         return control.start_std * self.unit_noise(batch, keys)
 
-    def sampler(self, params: Mapping[str, Params], batch: Batch, control: Control) -> Sampler:
+    def sampler(self, batch: Batch, keys: Key, control: Control) -> Sampler:
         """The call's sampler; phases that keep known pixels put theirs around it."""
-        del params, batch
+        del batch, keys
         return control.sampler
 
     def denoiser(self, params: Mapping[str, Params], batch: Batch, control: Control) -> Denoise:
@@ -157,7 +157,7 @@ def start(
     """
     own = phase.own_keys(keys)
     x = phase.begin(params, batch, own, control)
-    return phase.sampler(params, batch, control).init(x)
+    return phase.sampler(batch, own, control).init(x)
 
 
 def steps(
@@ -174,9 +174,10 @@ def steps(
 
     Source: none; a convention of this library.
     """
-    sampler = phase.sampler(params, batch, control)
+    own = phase.own_keys(keys)
+    sampler = phase.sampler(batch, own, control)
     denoise = phase.denoiser(params, batch, control)
-    return advance(sampler, denoise, control.grid, state, phase.own_keys(keys), first, stop)
+    return advance(sampler, denoise, control.grid, state, own, first, stop)
 
 
 def draw_all(

@@ -10,7 +10,10 @@ from diffusion_jax.pretrained.calls import (
     upscaling,
 )
 from diffusion_jax.pretrained.calls.base import Drawn, Job, Progress, Task
+from diffusion_jax.pretrained.calls.image_to_image import IMAGE_TO_IMAGE, INPAINTING, REPAINT
 from diffusion_jax.pretrained.calls.stable_diffusion import TEXT_TO_IMAGE
+
+_STABLE_DIFFUSION = (INPAINTING, IMAGE_TO_IMAGE, TEXT_TO_IMAGE)
 
 # Class of a pipeline -> what it can be called for; the first task whose needs are given is done.
 TASKS: Mapping[str, tuple[Task, ...]] = {
@@ -24,7 +27,10 @@ TASKS: Mapping[str, tuple[Task, ...]] = {
     "StableDiffusionXLPipeline": (sdxl.TEXT_TO_IMAGE,),
     "IFPipeline": (deepfloyd.BASE,),
     "IFSuperResolutionPipeline": (deepfloyd.SUPER_RESOLUTION,),
-    "StableDiffusionPipeline": (TEXT_TO_IMAGE,),
+    "RePaintPipeline": (REPAINT,),
+    "StableDiffusionImg2ImgPipeline": _STABLE_DIFFUSION,
+    "StableDiffusionInpaintPipeline": _STABLE_DIFFUSION,
+    "StableDiffusionPipeline": _STABLE_DIFFUSION,
 }
 
 __all__ = ["TASKS", "Drawn", "Job", "Progress", "Task"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 import secrets
 import warnings
@@ -349,16 +350,19 @@ def control_of(
       ValueError: if a word is out of range or has no meaning for the scheduler.
     """
     num_steps = whole(words, "num_inference_steps")
-    chosen = words["sampler"]
-    if chosen is not None:
-        return _own_control(scheduler, words, num_steps, guide)
+    strength = number(words, "strength", 0.0, 1.0) if "strength" in words else 1.0
+    if words["sampler"] is not None:
+        return _own_control(scheduler, words, num_steps, strength, guide)
     if words["spacing"] != STEPS["spacing"]:
         raise ValueError("spacing is for a sampler of this library; give one as sampler=")
     scheduler = scheduler_of(scheduler, words)
     times = {name: words[name] for name in ("timesteps", "sigmas") if words[name] is not None}
     if len(times) > 1:
         raise ValueError("give timesteps or sigmas, not both")
-    found = scheduler.grid(None if times else num_steps, **times, **grid)
+    make = scheduler.grid
+    if "strength" in words:
+        make = functools.partial(scheduler.grid_for_image, strength=strength)
+    found = make(None if times else num_steps, **times, **grid)
     scale = float(found.level(0).alpha) if scheduler.scaled else 1.0
     return Control(
         scheduler.sampler,
@@ -370,7 +374,7 @@ def control_of(
 
 
 def _own_control(
-    scheduler: Scheduler, words: Mapping[str, Any], num_steps: int, guide: Guide
+    scheduler: Scheduler, words: Mapping[str, Any], num_steps: int, strength: float, guide: Guide
 ) -> Control:
     sampler: Sampler | str = words["sampler"]
     if isinstance(sampler, str):
@@ -385,7 +389,10 @@ def _own_control(
         )
     schedule = scheduler.schedule
     grid = Steps(spacing=words["spacing"], num_steps=num_steps).grid(schedule)
-    grid = fit_grid(sampler, grid, schedule)
+    skipped = num_steps - min(int(num_steps * strength), num_steps)
+    if skipped == num_steps:
+        raise ValueError(f"a strength of {strength} leaves none of {num_steps} steps")
+    grid = fit_grid(sampler, grid, schedule).starting_at(skipped)
     std = schedule.prior_std(grid.level(0))
     return Control(sampler, grid, std, guide, scheduler.threshold)
 

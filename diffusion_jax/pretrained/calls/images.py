@@ -109,3 +109,45 @@ def for_each_image(array: Array, count: int, name: str) -> Array:
             f"{name} must be one, or one for each prompt, got {len(array)} for {count}"
         )
     return np.repeat(np.asarray(array), count // len(array), axis=0)
+
+
+def masks_of(value: Any, name: str, *, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Masks of a call, [B, H, W, 1] float32 of zeros and ones: 1 where a pixel is at least half.
+
+    Args:
+      value: a mask or a list of them: pictures of PIL, or arrays [H, W], [H, W, 1] or
+        [B, H, W, 1], bool, uint8 or floats in [0, 1].
+      name: of the word, for errors.
+      size: height and width that PIL's pictures are resized to, and that arrays must have.
+
+    Raises:
+      ValueError: if there is none, one is no mask, floats are out of range or sizes differ.
+    """
+    found = []
+    for each in _listed(value, name):
+        if not is_pil(each) and np.asarray(each).dtype == bool:
+            each = np.asarray(each).astype(np.float32)
+        array = _array(each, name, "L", size, "lanczos")
+        if array.shape[-1] != 1:
+            raise ValueError(f"{name} must have one channel, got {array.shape}")
+        if array.dtype == np.uint8:
+            array = array.astype(np.float32) / 255.0
+        elif array.size and not (array.min() >= 0.0 and array.max() <= 1.0):
+            raise ValueError(f"{name} must lie in [0, 1], got {array.min():g} … {array.max():g}")
+        found.append((array >= 0.5).astype(np.float32))
+    return stacked(found, name)
+
+
+def size_for(value: Any, multiple: int) -> tuple[int, int] | None:
+    """Height and width that pictures of PIL are resized to, multiples of a number; None for arrays.
+
+    Raises:
+      ValueError: if the first picture is smaller than that.
+    """
+    first = _listed(value, "image")[0]
+    if not is_pil(first):
+        return None
+    width, height = (side - side % multiple for side in first.size)
+    if not width or not height:
+        raise ValueError(f"image must have at least {multiple} x {multiple} pixels")
+    return height, width

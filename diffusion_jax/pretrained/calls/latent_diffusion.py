@@ -16,7 +16,7 @@ from diffusion_jax.pretrained.calls.base import (
     texts_of,
     whole,
 )
-from diffusion_jax.pretrained.calls.images import images_of, is_pil
+from diffusion_jax.pretrained.calls.images import images_of, size_for
 from diffusion_jax.pretrained.calls.stable_diffusion import SIZE, denoise_phase, noise_of
 from diffusion_jax.systems.latent_diffusion import DecodeLatents, EncodeTexts
 
@@ -64,14 +64,8 @@ def _text_to_image(pipeline: Any, words: Mapping[str, Any]) -> Job:
 
 def _super_resolution(pipeline: Any, words: Mapping[str, Any]) -> Job:
     unet, vae, scheduler = pipeline["unet"], pipeline["vqvae"], pipeline["scheduler"]
-    image = words["image"]
-    size = None
-    if is_pil(image):
-        width, height = (side - side % 32 for side in image.size)
-        if not width or not height:
-            raise ValueError(f"image must have at least 32 x 32 pixels, got {image.size}")
-        size = (height, width)
-    low_res = images_of(image, "image", size=size, signed=True)
+    size = size_for(words["image"], 32)
+    low_res = images_of(words["image"], "image", size=size, signed=True)
     count = len(low_res)
     shape = (*low_res.shape[1:3], unet.config.in_channels // 2)
     batch = {"channels": low_res, **noise_of(words, count, shape)}

@@ -20,7 +20,7 @@ from diffusion_jax.pretrained.schedulers.continuous import CONTINUOUS
 from diffusion_jax.pretrained.schedulers.options import Kind, Options, Threshold, schedule_of
 from diffusion_jax.pretrained.schedulers.ratios import RATIOS
 from diffusion_jax.pretrained.schedulers.solvers import SOLVERS
-from diffusion_jax.pretrained.schedulers.table_steps import ReferenceSteps
+from diffusion_jax.pretrained.schedulers.table_steps import PNDMSteps, ReferenceSteps
 from diffusion_jax.samplers.base import Sampler, fit_grid
 
 # What diffusers writes beside the options.
@@ -89,6 +89,47 @@ class Scheduler:
         given = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
         grid = self.steps.grid(self.schedule, num_steps, **given, max_steps=max_steps)
         return fit_grid(self.sampler, grid, self.schedule)
+
+    def grid_for_image(
+        self,
+        num_steps: int | None = None,
+        *,
+        strength: float,
+        max_steps: int = 1000,
+        **given: Any,
+    ) -> Grid:
+        """The grid of image-to-image: the last int(strength · N) of N steps, as in diffusers.
+
+        PNDM without Runge-Kutta has its own way to begin in the middle, with one call more.
+
+        Args:
+          num_steps, max_steps: as of `grid`.
+          strength: in [0, 1].
+          given: further arguments of `grid`.
+
+        Raises:
+          ValueError: if no step is left, or the class cannot begin in the middle.
+        """
+        whole = self.grid(num_steps, max_steps=max_steps, **given)
+        total = int(whole.stop)
+        skipped = total - min(int(total * strength), total)
+        if skipped == total:
+            raise ValueError(
+                f"a strength of {strength} leaves none of {total} steps; take more of either"
+            )
+        if not isinstance(self.steps, PNDMSteps) or not skipped:
+            return whole.starting_at(skipped)
+        if self.steps.runge_kutta:
+            raise ValueError(
+                "PNDM with Runge-Kutta cannot begin in the middle; choose skip_prk_steps, or "
+                "another scheduler"
+            )
+        times = self.steps.published(self.schedule, num_steps, **given).timesteps
+        called = np.insert(times, 1, times[1])[skipped:]
+        if len(called) < 2:
+            raise ValueError("PNDM's start needs at least 2 calls; take a larger strength")
+        stride = self.schedule.num_timesteps // total
+        return self.steps.grid_from(self.schedule, called, stride, max_steps)
 
     def init_noise_sigma(self, grid: Grid) -> float:
         """The std of the noise that the class starts from, in its own units."""

@@ -317,21 +317,40 @@ class PNDMSteps:
     def grid(self, schedule, num_steps=None, *, max_steps=1000, **given) -> Grid:
         times = self.published(schedule, num_steps, **given).timesteps
         stride = schedule.num_timesteps // num_steps
-
-        def at(t):
-            levels = schedule(np.clip(t, 0.0, schedule.t_max))
-            return _clean(levels, t < 0) if self.clean else levels
-
+        if not self.runge_kutta:
+            return self.grid_from(schedule, np.insert(times, 1, times[1]), stride, max_steps)
         following = np.append(times[1:], times[-1] - stride)
-        starting = np.arange(num_steps) < (3 if self.runge_kutta else 1)
-        ends = at(np.where(starting, following, times - stride))
-        if self.runge_kutta:
-            lands, called = at(times - stride // 2), at(following + stride // 2)
-        else:
-            lands = at(times - stride)._replace(t=following)
-            called = at(following + stride)
+        ends = self._at(schedule, np.where(np.arange(num_steps) < 3, following, times - stride))
+        lands = self._at(schedule, times - stride // 2)
+        called = self._at(schedule, following + stride // 2)
         middle = NoiseLevel(*(np.stack(f, axis=1) for f in zip(lands, called, strict=True)))
-        return make_grid(at(times), ends, max_steps, middle)
+        return make_grid(self._at(schedule, times), ends, max_steps, middle)
+
+    def grid_from(
+        self, schedule: NoiseSchedule, called: np.ndarray, stride: int, max_steps: int = 1000
+    ) -> Grid:
+        """The grid of a run without Runge-Kutta, by the times of its calls.
+
+        The first two calls make its first step, whatever their times are: diffusers begins
+        image-to-image in the middle of its list of calls, where the first time is not doubled.
+
+        Args:
+          schedule: of training.
+          called: times in the order of the calls, at least two.
+          stride: what a step is long.
+          max_steps: length that the grid is padded to.
+        """
+        times = np.delete(called, 1)
+        ends = np.append(called[1], times[1:] - stride)
+        lands = self._at(schedule, times - stride)._replace(t=np.append(called[1], times[1:]))
+        origin = self._at(schedule, np.append(called[1], times[1:]) + stride)
+        middle = NoiseLevel(*(np.stack(f, axis=1) for f in zip(lands, origin, strict=True)))
+        at = self._at(schedule, times), self._at(schedule, ends)
+        return make_grid(*at, max_steps, middle)
+
+    def _at(self, schedule: NoiseSchedule, t: np.ndarray) -> NoiseLevel:
+        levels = schedule(np.clip(t, 0.0, schedule.t_max))
+        return _clean(levels, t < 0) if self.clean else levels
 
 
 @dataclass(frozen=True)

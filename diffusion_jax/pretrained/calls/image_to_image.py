@@ -1,0 +1,218 @@
+"""Calls of Stable Diffusion with an image: image-to-image and inpainting; and RePaint."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from diffusion_jax.core.resize import nearest_resize
+from diffusion_jax.core.types import Array, Batch
+from diffusion_jax.guidance import Unguided
+from diffusion_jax.pretrained.calls.base import (
+    PROMPTS,
+    STEPS,
+    Job,
+    Task,
+    control_of,
+    guidance_of,
+    number,
+    texts_of,
+    whole,
+)
+from diffusion_jax.pretrained.calls.images import (
+    for_each_image,
+    images_of,
+    is_pil,
+    masks_of,
+    size_for,
+)
+from diffusion_jax.pretrained.calls.stable_diffusion import (
+    GUIDANCE,
+    SIZE,
+    denoise_phase,
+    encode_texts,
+    guidance_condition,
+    is_distilled,
+    noise_of,
+    size_of,
+)
+from diffusion_jax.pretrained.schedulers import from_config, to_config
+from diffusion_jax.systems.inpainting import (
+    DenoiseFromImage,
+    DenoiseKeeping,
+    MaskChannels,
+    RePaintPixels,
+)
+from diffusion_jax.systems.latent_diffusion import DecodeLatents, Denoise2D, EncodeImage
+from diffusion_jax.systems.pixel import ToImages
+
+
+def _latents_given(image: Any, channels: int) -> Array | None:
+    """The image where it is latents already: floats whose last axis are the latents' channels."""
+    if is_pil(image) or isinstance(image, list | tuple):
+        return None
+    array = jnp.asarray(image)
+    is_latents = array.ndim == 4 and array.shape[-1] == channels != 3
+    return array.astype(jnp.float32) if is_latents and array.dtype.kind == "f" else None
+
+
+def _image_batch(
+    words: Mapping[str, Any], vae: Any, count: int, size: tuple[int, int] | None
+) -> tuple[Batch, tuple[int, int]]:
+    """The image, or its latents, for every image that is drawn, and the latents' size."""
+    latents = _latents_given(words["image"], vae.config.latent_channels)
+    if latents is not None:
+        return {"image_latents": for_each_image(latents, count, "image")}, latents.shape[1:3]
+    factor = vae.config.factor
+    wanted = size_for(words["image"], factor) if size is None else size
+    image = images_of(words["image"], "image", size=wanted)
+    if image.shape[1] % factor or image.shape[2] % factor:
+        raise ValueError(
+            f"height and width of the image must be multiples of {factor}, what the autoencoder "
+            f"divides them by, got {image.shape[1:3]}"
+        )
+    found = image.shape[1] // factor, image.shape[2] // factor
+    return {"image": for_each_image(image, count, "image")}, found
+
+
+def _image_to_image(pipeline: Any, words: Mapping[str, Any]) -> Job:
+    unet, vae, scheduler = pipeline["unet"], pipeline["vae"], pipeline["scheduler"]
+    guide = Unguided() if is_distilled(unet) else guidance_of(words, scheduler)
+    texts = texts_of(words, guided=not isinstance(guide, Unguided))
+    count = texts.num_images
+    encoding, batch = encode_texts(pipeline, words, texts)
+    image, size = _image_batch(words, vae, count, None)
+    shape = (*size, vae.config.latent_channels)
+    batch = {
+        **batch,
+        **image,
+        **noise_of(words, count, shape),
+        **guidance_condition(words, unet, count),
+    }
+    phases = (
+        *encoding,
+        EncodeImage(vae.config, vae.module),
+        denoise_phase(unet, scheduler, shape, kind=DenoiseFromImage),
+        DecodeLatents(vae.config, vae.module),
+    )
+    return Job(phases, batch, {"denoise": control_of(scheduler, words, guide)}, count)
+
+
+def _inpainting(pipeline: Any, words: Mapping[str, Any]) -> Job:
+    unet, vae, scheduler = pipeline["unet"], pipeline["vae"], pipeline["scheduler"]
+    guide = Unguided() if is_distilled(unet) else guidance_of(words, scheduler)
+    texts = texts_of(words, guided=not isinstance(guide, Unguided))
+    count, channels = texts.num_images, vae.config.latent_channels
+    size = size_of(words, unet, vae)
+    pixels = (size[0] * vae.config.factor, size[1] * vae.config.factor)
+    shape = (*size, channels)
+    told = unet.config.in_channels != channels
+    if told and unet.config.in_channels != 2 * channels + 1:
+        raise ValueError(
+            f"inpainting needs a network of {channels} or {2 * channels + 1} input channels, this "
+            f"one has {unet.config.in_channels}"
+        )
+    encoding, batch = encode_texts(pipeline, words, texts)
+    image, _ = _image_batch(words, vae, count, pixels)
+    mask = for_each_image(
+        masks_of(words["mask_image"], "mask_image", size=pixels), count, "mask_image"
+    )
+    batch = {
+        **batch,
+        **image,
+        **noise_of(words, count, shape),
+        **guidance_condition(words, unet, count),
+        "mask": nearest_resize(jnp.asarray(mask), *size),
+    }
+    # With latents of the caller's own, or at full strength, nothing of the image is in the start.
+    from_noise = number(words, "strength", 0.0, 1.0) == 1.0 or words["latents"] is not None
+    encode = [EncodeImage(vae.config, vae.module)]
+    kind: type[Denoise2D] = DenoiseKeeping
+    if told:
+        if "image" not in batch:
+            raise ValueError("a network for inpainting needs the image itself, not its latents")
+        batch["known_image"] = batch["image"] * (mask < 0.5)
+        encode = [] if from_noise else encode
+        encode += [
+            EncodeImage(
+                vae.config,
+                vae.module,
+                purpose="known_posterior",
+                source="known_image",
+                target="known_latents",
+            ),
+            MaskChannels(),
+        ]
+        kind = DenoiseFromImage
+    phases = (
+        *encoding,
+        *encode,
+        denoise_phase(unet, scheduler, shape, kind=kind, from_noise=from_noise),
+        DecodeLatents(vae.config, vae.module),
+    )
+    return Job(phases, batch, {"denoise": control_of(scheduler, words, guide)}, count)
+
+
+def _repaint(pipeline: Any, words: Mapping[str, Any]) -> Job:
+    unet, scheduler = pipeline["unet"], pipeline["scheduler"]
+    jumps = {name: whole(words, name) for name in ("jump_length", "jump_n_sample")}
+    if scheduler.class_name != "RePaintScheduler":
+        raise ValueError(
+            f"RePaint needs a RePaintScheduler, this pipeline has a {scheduler.class_name}; see "
+            "samplers.RePaint for others"
+        )
+    scheduler = from_config(to_config(scheduler), **{**dict(scheduler.call), **jumps})
+    if (
+        words["sampler"] is not None
+        or words["timesteps"] is not None
+        or words["sigmas"] is not None
+    ):
+        raise ValueError("RePaint has its own sampler and times; see samplers.RePaint for others")
+    size = size_for(words["image"], 32)
+    image = images_of(words["image"], "image", size=size, signed=True)
+    mask = masks_of(words["mask_image"], "mask_image", size=size)
+    count = len(image)
+    shape = image.shape[1:]
+    known = for_each_image(mask, count, "mask_image") >= 0.5
+    batch = {"image": image, "known": known, **noise_of(words, count, shape)}
+    draw = denoise_phase(unet, scheduler, shape, kind=RePaintPixels)
+    return Job((draw, ToImages()), batch, {"denoise": control_of(scheduler, words)}, count)
+
+
+_WORDS: Mapping[str, Any] = {
+    **PROMPTS,
+    **STEPS,
+    **GUIDANCE,
+    "latents": None,
+    "clip_skip": None,
+    "image": None,
+}
+IMAGE_TO_IMAGE = Task(
+    "image_to_image",
+    {**_WORDS, "strength": 0.8},
+    ("image",),
+    _image_to_image,
+    ("prompt", "image"),
+)
+INPAINTING = Task(
+    "inpainting",
+    {**_WORDS, **SIZE, "strength": 1.0, "mask_image": None},
+    ("image", "mask_image"),
+    _inpainting,
+    ("prompt", "image", "mask_image"),
+)
+REPAINT = Task(
+    "inpainting",
+    {
+        **STEPS,
+        "num_inference_steps": 250,
+        "jump_length": 10,
+        "jump_n_sample": 10,
+        "latents": None,
+        "image": None,
+        "mask_image": None,
+    },
+    ("image", "mask_image"),
+    _repaint,
+    ("image", "mask_image"),
+)
