@@ -1,6 +1,6 @@
 """Data: configurations by name; sources and iterators are imported when they are used."""
 
-from diffusion_jax.data.pipeline import TFDS, Digits, Folder, ShapesData, WebDataset
+from diffusion_jax.data.pipeline import TFDS, Cached, Digits, Folder, ShapesData, WebDataset
 
 DATASETS = {
     "digits": Digits,
@@ -8,4 +8,5 @@ DATASETS = {
     "folder": Folder,
     "webdataset": WebDataset,
     "tfds": TFDS,
+    "cached": Cached,
 }

@@ -137,8 +137,6 @@ class WebDataset:
     channels: int = 3
     captions: bool = True
 
-    num_classes: ClassVar[None] = None
-
     def source(self) -> Source:
         """Examples of image [S, S, C]; caption if asked for."""
         from diffusion_jax.data.webdataset import WebDatasetSource
@@ -184,6 +182,23 @@ class TFDS:
         if self.in_memory:
             encoded = Arrays(take(encoded, len(encoded)))
         return SquareSource(encoded, self.image_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """Arrays that were computed before, such as latents and text embeddings.
+
+    Attributes:
+      folder: a cache that `cache.precompute` wrote.
+    """
+
+    folder: str
+
+    def source(self) -> Source:
+        """Examples of the arrays that were computed, floating-point ones as float32."""
+        from diffusion_jax.data.cache import CachedSource
+
+        return CachedSource(self.folder)
 
 
 class Batches(Iterator[Batch]):
@@ -290,7 +305,8 @@ def batches(
       An iterator of dicts of numpy arrays [B, ...] with `get_state` and `set_state`.
 
     Raises:
-      ValueError: if the source is empty or smaller than a batch, or an option out of range.
+      ValueError: if the source is empty or smaller than a batch, an option is out of range, or
+        what a batch holds cannot be flipped.
     """
     _check_counts(
         source, batch_size, seed, process_index=process_index, process_count=process_count
@@ -298,6 +314,12 @@ def batches(
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"num_epochs must be at least 1, or None for no end, got {num_epochs}")
     chosen = check_keys(source[0], keys)
+    if flip and not getattr(source, "flippable", True):
+        raise ValueError(
+            f"{source!r} cannot be flipped: what was computed from an image is not that of its "
+            "mirror image; make a cache of data.cache.Mirrored(source), which has both, and leave "
+            "flip out"
+        )
     if flip and not _FLIPPABLE.issuperset(chosen):
         raise ValueError(
             f"flip mirrors only the image, which makes {sorted(set(chosen) - _FLIPPABLE)} wrong; "

@@ -215,7 +215,7 @@ def test_arrays_have_one_length_and_so_many_examples():
 
 
 def test_configurations_say_what_they_hold():
-    assert set(DATASETS) == {"digits", "shapes", "folder", "tfds"}
+    assert set(DATASETS) == {"digits", "shapes", "folder", "webdataset", "tfds", "cached"}
     config = DATASETS["shapes"](image_size=8, num_examples=3)
     assert (config.image_size, config.channels, config.num_classes) == (8, 3, 12)
     assert config.source()[0]["image"].shape == (8, 8, 3)
