@@ -1,4 +1,4 @@
-"""Released classes of network, tokenizers and tables give their peers' recorded outputs."""
+"""Released networks, tokenizers and tables, and pipelines, give their peers' recorded outputs."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,15 @@ from tests.parity.__main__ import HANDLERS, PASSED, run_case
 
 pytestmark = pytest.mark.slow
 
-FOLDER = Path(__file__).parent / "cases" / "released"
-CASES = json.loads((FOLDER / "manifest.json").read_text())["cases"]
+FOLDERS = [Path(__file__).parent / "cases" / name for name in ("released", "pipelines")]
+CASES = [
+    pytest.param(case, folder, id=case["id"])
+    for folder in FOLDERS
+    for case in json.loads((folder / "manifest.json").read_text())["cases"]
+]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
-def test_outputs_are_those_of_the_peer(case):
-    row = run_case(case, FOLDER, HANDLERS)
+@pytest.mark.parametrize("case, folder", CASES)
+def test_outputs_are_those_of_the_peer(case, folder):
+    row = run_case(case, folder, HANDLERS)
     assert row.status == PASSED, row.message
