@@ -19,6 +19,8 @@ USAGE = f"""usage: diffusion-jax COMMAND …
   train NAME [--tiny] --workdir DIR     train an experiment, or go on with it; --stage STAGE
                                         chooses one of several stages
   sample NAME [--tiny] --workdir DIR    draw images with a trained run's averaged weights
+  sample --model FOLDER_OR_ID           draw images with a released pipeline: --prompt, --image,
+                                        --mask, --layout …; --from-image FILE.png draws one again
   evaluate NAME [--tiny] --workdir DIR  score a trained run against real data
   demo                                  train, sample and score handwritten digits in minutes
   proof NAME [--seed N]                 show what a system must do, beside controls that must fail
@@ -300,6 +302,8 @@ class Convert:
 COMMANDS: dict[str, type] = {"train": Train, "sample": Sample, "evaluate": Evaluate, "demo": Demo}
 # Commands that take no experiment.
 PLAIN_COMMANDS: dict[str, type] = {"proof": Prove, "ablate": Ablate, "convert": Convert}
+# Options by which `sample` draws with a released pipeline instead of a trained run.
+MODEL_OPTIONS = ("--model", "--from-image")
 
 
 def exchange_parts(config: Any, arguments: Sequence[str]) -> tuple[Any, list[str]]:
@@ -400,6 +404,10 @@ def parse(arguments: Sequence[str]) -> Any:
         return tyro.cli(Prepare, args=rest[1:], prog="diffusion-jax data prepare")
     if command == "bench":
         return _parse_bench(rest)
+    if command == "sample" and any(a.split("=")[0] in MODEL_OPTIONS for a in rest):
+        from diffusion_jax.commands.sample_model import SampleModel
+
+        return tyro.cli(SampleModel, args=rest, prog="diffusion-jax sample")
     if command in PLAIN_COMMANDS:
         return tyro.cli(PLAIN_COMMANDS[command], args=rest, prog=f"diffusion-jax {command}")
     if command not in COMMANDS:

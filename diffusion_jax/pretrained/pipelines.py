@@ -125,17 +125,11 @@ class Pipeline(Mapping[str, Any]):
         Raises:
           ValueError: if the class cannot be called, a word is unknown, missing or out of range.
         """
-        from diffusion_jax.pretrained.calls import TASKS
-        from diffusion_jax.pretrained.calls.base import choose, completed, named, run
+        from diffusion_jax.pretrained.calls import TASKS, task_of
+        from diffusion_jax.pretrained.calls.base import completed, named, run
 
-        if self.class_name not in TASKS:
-            raise ValueError(
-                f"a {self.class_name} cannot be called; its parts can be used one by one. Classes "
-                f"that can be: {', '.join(sorted(TASKS))}"
-            )
-        tasks = TASKS[self.class_name]
-        words = named(tasks, args, words)
-        task = choose(tasks, self.class_name, words)
+        words = named(TASKS.get(self.class_name, ()), args, words)
+        task = task_of(self.class_name, words)
         words = completed(task, self.class_name, words)
         return run(self, task, task.prepare(self, words), words)
 

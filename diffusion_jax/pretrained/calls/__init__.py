@@ -1,6 +1,7 @@
 """Calls: the words of diffusers' pipelines, checked and turned into phases and arrays."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from diffusion_jax.pretrained.calls import (
     deepfloyd,
@@ -9,7 +10,7 @@ from diffusion_jax.pretrained.calls import (
     unconditional,
     upscaling,
 )
-from diffusion_jax.pretrained.calls.base import Drawn, Job, Progress, Task
+from diffusion_jax.pretrained.calls.base import Drawn, Job, Progress, Task, choose
 from diffusion_jax.pretrained.calls.image_to_image import IMAGE_TO_IMAGE, INPAINTING, REPAINT
 from diffusion_jax.pretrained.calls.stable_diffusion import TEXT_TO_IMAGE
 
@@ -33,4 +34,19 @@ TASKS: Mapping[str, tuple[Task, ...]] = {
     "StableDiffusionPipeline": _STABLE_DIFFUSION,
 }
 
-__all__ = ["TASKS", "Drawn", "Job", "Progress", "Task"]
+
+def task_of(class_name: str, words: Mapping[str, Any]) -> Task:
+    """The task that the words of a call choose among those of a pipeline's class.
+
+    Raises:
+      ValueError: if pipelines of the class cannot be called, or the words choose none.
+    """
+    if class_name not in TASKS:
+        raise ValueError(
+            f"a {class_name} cannot be called; its parts can be used one by one. Classes that can "
+            f"be: {', '.join(sorted(TASKS))}"
+        )
+    return choose(TASKS[class_name], class_name, words)
+
+
+__all__ = ["TASKS", "Drawn", "Job", "Progress", "Task", "task_of"]

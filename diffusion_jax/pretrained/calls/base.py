@@ -144,9 +144,10 @@ def named(tasks: Sequence[Task], args: Sequence[Any], words: Mapping[str, Any]) 
     Raises:
       ValueError: if there are too many, or a word is given twice.
     """
-    names = tasks[0].positional
+    # Those of the task with most: a picture by place chooses its task.
+    names = max((task.positional for task in tasks), key=len, default=())
     if len(args) > len(names):
-        raise ValueError(f"only {', '.join(names)} may be given without a name, got {len(args)}")
+        raise ValueError(f"only {list(names)} may be given without a name, got {len(args)} values")
     by_place = dict(zip(names, args, strict=False))
     if twice := sorted(by_place.keys() & words.keys()):
         raise ValueError(f"{', '.join(twice)} is given twice")
