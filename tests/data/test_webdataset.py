@@ -125,18 +125,23 @@ def _tar(*members):
     return buffer.getvalue()
 
 
+# Where the header of the second member of a tar of PAIR starts.
+SECOND = 512 + 512 * -(-len(PAIR[0][1]) // 512)
+
+
 def _with_negative_size():
-    # Numbers that start with the byte 255 are negative, base 256 (GNU tar's manual).
+    # A first byte of 255 says: a negative number in base 256. This one leads back to its header.
     data = bytearray(_tar(*PAIR))
-    data[124:136] = (-512).to_bytes(12, "big", signed=True)
-    data[148:156] = b" " * 8
-    data[148:156] = b"%06o\0 " % sum(data[:512])
+    header = memoryview(data)[SECOND : SECOND + 512]
+    header[124:136] = (-512).to_bytes(12, "big", signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
     return bytes(data)
 
 
 def _with_damaged_second_header():
     data = bytearray(_tar(*PAIR))
-    data[512 + 512 * -(-len(PAIR[0][1]) // 512)] ^= 255
+    data[SECOND] ^= 255
     return bytes(data)
 
 
@@ -147,7 +152,7 @@ def _with_damaged_second_header():
         b"<html>not found</html>" * 100,
         gzip.compress(_tar(*PAIR)),
         _tar(("a.txt", b"x"), ("a.png", bytes(5000)))[:4000],
-        _tar(*PAIR)[: 512 + 512 * -(-len(PAIR[0][1]) // 512) + 100],
+        _tar(*PAIR)[: SECOND + 100],
         _with_damaged_second_header(),
         _with_negative_size(),
     ],
