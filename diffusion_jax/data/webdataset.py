@@ -59,11 +59,11 @@ def find_shards(pattern: str) -> list[Path]:
 
 def _regular_files(shard: Path) -> Iterator[tarfile.TarInfo]:
     """The regular files of a tar, in its order, from the headers alone."""
-    end = 0
+    end, length = 0, shard.stat().st_size
     with tarfile.open(shard, mode="r:") as tar:
         for member in tar:
             # A negative size would lead back to a header that was read before, for ever.
-            if member.size < 0 or member.offset_data <= end:
+            if member.offset_data <= end or not 0 <= member.size <= length - member.offset_data:
                 raise tarfile.ReadError(f"member {member.name!r} has the size {member.size}")
             end = member.offset_data
             if member.isdir():
@@ -94,7 +94,8 @@ def _members(shard: Path) -> dict[str, dict[str, Place]]:
             if kind in places:
                 raise ValueError(f"{shard}: {key!r} has two files .{kind}; keep one of them")
             places[kind] = Place(member.offset_data, member.size, kind)
-    except tarfile.TarError as error:
+    # The last two are tarfile's for headers that ask for too much, or nest too deep.
+    except (tarfile.TarError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{shard}: damaged, or no uncompressed tar ({error}); random access needs whole and "
             "uncompressed ones"

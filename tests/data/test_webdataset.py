@@ -129,11 +129,12 @@ def _tar(*members):
 SECOND = 512 + 512 * -(-len(PAIR[0][1]) // 512)
 
 
-def _with_negative_size():
-    # A first byte of 255 says: a negative number in base 256. This one leads back to its header.
+def _with_size(size):
+    # GNU's numbers in base 256: a first byte of 255 says negative, 128 positive.
     data = bytearray(_tar(*PAIR))
     header = memoryview(data)[SECOND : SECOND + 512]
-    header[124:136] = (-512).to_bytes(12, "big", signed=True)
+    header[124:136] = size.to_bytes(12, "big", signed=True)
+    header[124] |= 128
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(data)
@@ -154,9 +155,19 @@ def _with_damaged_second_header():
         _tar(("a.txt", b"x"), ("a.png", bytes(5000)))[:4000],
         _tar(*PAIR)[: SECOND + 100],
         _with_damaged_second_header(),
-        _with_negative_size(),
+        _with_size(-512),  # leads back to its own header
+        _with_size(2**80),
     ],
-    ids=["empty", "html", "gzip", "cut content", "cut header", "damaged header", "negative size"],
+    ids=[
+        "empty",
+        "html",
+        "gzip",
+        "cut content",
+        "cut header",
+        "damaged header",
+        "negative size",
+        "huge size",
+    ],
 )
 def test_a_damaged_shard_is_named_and_nothing_is_lost_silently(tmp_path, content):
     (tmp_path / "bad.tar").write_bytes(content)
