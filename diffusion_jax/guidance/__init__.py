@@ -3,6 +3,7 @@
 from diffusion_jax.guidance.base import Chain, Guide, Unguided
 from diffusion_jax.guidance.classifier import ClassifierGuidance
 from diffusion_jax.guidance.classifier_free import ClassifierFree
+from diffusion_jax.guidance.grounding import GroundedUntil
 from diffusion_jax.guidance.negative import WithNegative
 from diffusion_jax.guidance.threshold import DynamicThreshold, StaticThreshold
 
@@ -18,6 +19,7 @@ __all__ = [
     "ClassifierFree",
     "ClassifierGuidance",
     "DynamicThreshold",
+    "GroundedUntil",
     "Guide",
     "StaticThreshold",
     "Unguided",

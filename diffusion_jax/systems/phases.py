@@ -21,7 +21,7 @@ from diffusion_jax.core import struct
 from diffusion_jax.core.arrays import fold_in_each, per_image_normal
 from diffusion_jax.core.grid import Grid
 from diffusion_jax.core.types import Array, Batch, Key, Params
-from diffusion_jax.guidance import Guide, Unguided
+from diffusion_jax.guidance import Chain, GroundedUntil, Guide, Unguided
 from diffusion_jax.samplers import Sampler, advance, initial_noise
 from diffusion_jax.samplers.base import Denoise
 
@@ -63,7 +63,13 @@ class Control:
     @property
     def guided(self) -> bool:
         """Whether the unconditional branch is needed."""
-        return not isinstance(self.guide, Unguided)
+        return _needs_null(self.guide)
+
+
+def _needs_null(guide: Guide) -> bool:
+    if isinstance(guide, Chain):
+        return any(_needs_null(each) for each in guide.guides)
+    return not isinstance(guide, Unguided | GroundedUntil)
 
 
 @dataclass(frozen=True)

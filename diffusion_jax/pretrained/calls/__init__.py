@@ -5,6 +5,7 @@ from typing import Any
 
 from diffusion_jax.pretrained.calls import (
     deepfloyd,
+    gligen,
     latent_diffusion,
     sdxl,
     unconditional,
@@ -29,6 +30,8 @@ TASKS: Mapping[str, tuple[Task, ...]] = {
     "IFPipeline": (deepfloyd.BASE,),
     "IFSuperResolutionPipeline": (deepfloyd.SUPER_RESOLUTION,),
     "RePaintPipeline": (REPAINT,),
+    "StableDiffusionGLIGENPipeline": (gligen.TEXT_BOXES, *_STABLE_DIFFUSION),
+    "StableDiffusionGLIGENTextImagePipeline": (gligen.TEXT_IMAGE_BOXES, *_STABLE_DIFFUSION),
     "StableDiffusionImg2ImgPipeline": _STABLE_DIFFUSION,
     "StableDiffusionInpaintPipeline": _STABLE_DIFFUSION,
     "StableDiffusionPipeline": _STABLE_DIFFUSION,

@@ -151,3 +151,54 @@ def size_for(value: Any, multiple: int) -> tuple[int, int] | None:
     if not width or not height:
         raise ValueError(f"image must have at least {multiple} x {multiple} pixels")
     return height, width
+
+
+# Of every colour, what CLIP's image towers were trained with.
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def centered(picture: Any, size: tuple[int, int]) -> Any:
+    """The middle of a picture of PIL, as large as fits, resized to a height and width."""
+    from PIL import Image
+
+    scale = min(picture.width / size[1], picture.height / size[0])
+    width, height = round(size[1] * scale), round(size[0] * scale)
+    left, top = (picture.width - width) / 2, (picture.height - height) / 2
+    middle = picture.crop((left, top, left + width, top + height))
+    return middle.resize(size[::-1], Image.Resampling.LANCZOS)
+
+
+def clip_pixels(value: Any, name: str, size: int) -> np.ndarray:
+    """A picture as CLIP's image tower reads it, [size, size, 3] float32.
+
+    The shorter side is resized to `size` (bicubic), the middle is cut out, and colours are
+    normalised.
+
+    Args:
+      value: a picture of PIL, or an array [H, W, 3], uint8 or floats in [0, 1].
+      name: of the word, for errors.
+      size: height and width.
+
+    Raises:
+      ValueError: if it is no picture.
+
+    Source: Radford et al. 2021 (arXiv:2103.00020), released code.
+    """
+    from PIL import Image
+
+    if not is_pil(value):
+        [pixels] = images_of([value], name)
+        if pixels.shape[-1] != 3:
+            raise ValueError(f"{name} must have three channels, got {pixels.shape}")
+        value = Image.fromarray(((pixels + 1.0) * 127.5).round().astype(np.uint8))
+    picture = value.convert("RGB")
+    shorter = min(picture.size)
+    if shorter != size:
+        shape = (picture.width * size // shorter, picture.height * size // shorter)
+        picture = picture.resize(shape, Image.Resampling.BICUBIC)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    picture = picture.crop((left, top, left + size, top + size))
+    array = np.asarray(picture, np.float32) / 255.0
+    mean, std = np.asarray(_CLIP_MEAN, np.float32), np.asarray(_CLIP_STD, np.float32)
+    return (array - mean[None, None]) / std[None, None]
