@@ -50,12 +50,15 @@ import datetime
 import fnmatch
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import resource
 import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +76,8 @@ from benchmarks.speed.cases import (
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers", "numpy")
+# Cores that others may use; the threads of torch wait for each other and suffer most.
+BUSY = 0.1
 # What a user's shell may have set of what the variants differ in.
 CLEARED = (
     "GLIBC_TUNABLES",
@@ -145,6 +150,33 @@ def work(spec: dict[str, Any], settings: dict[str, str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+class Others:
+    """CPU time that processes of others take, which this machine should not have while timing."""
+
+    def __init__(self):
+        self.begin = time.monotonic(), self._busy(), self._own()
+
+    @staticmethod
+    def _busy() -> float:
+        """Seconds that all CPUs have worked, of Linux."""
+        path = Path("/proc/stat")
+        if not path.exists():
+            return math.nan
+        ticks = [int(value) for value in path.read_text().split("\n", 1)[0].split()[1:8]]
+        user, nice, system, _, _, irq, softirq = ticks
+        return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+    @staticmethod
+    def _own() -> float:
+        own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(each.ru_utime + each.ru_stime for each in own)
+
+    def cores(self) -> float:
+        """Cores that they have kept busy since."""
+        wall, busy, own = self.begin
+        return (self._busy() - busy - (self._own() - own)) / (time.monotonic() - wall)
+
+
 def prepare(run: Run) -> dict[str, Any]:
     """Writes what both sides load; the FLOP of a call."""
     if run.case.kind == "import":
@@ -173,6 +205,8 @@ def run_case(run: Run, variants: Sequence[Variant], written: dict[str, Any]) -> 
     samples = []
     for number in range(run.args.processes):
         for variant in variants:
+            others = Others()
+            measured = one_sample(run, variant, number)
             sample = {
                 "case": run.name,
                 "kind": run.case.kind,
@@ -182,7 +216,8 @@ def run_case(run: Run, variants: Sequence[Variant], written: dict[str, Any]) -> 
                 "dtype": run.args.dtype,
                 "batch": run.args.batch or run.case.batch,
                 **written,
-                **one_sample(run, variant, number),
+                **measured,
+                "others_cores": others.cores(),
             }
             samples.append(sample)
             with run.args.output.open("a") as file:
@@ -193,6 +228,8 @@ def run_case(run: Run, variants: Sequence[Variant], written: dict[str, Any]) -> 
 
 def _short(sample: dict[str, Any]) -> str:
     told = f"{report.seconds(report.figure(sample))}, {len(sample['calls_s'])} calls"
+    if sample["others_cores"] > BUSY:
+        told += f", while others used {sample['others_cores']:.1f} cores"
     if "difference" in sample:
         told += f", difference {sample['difference']:.1e} of {sample['largest_output']:.2g}"
     return told
@@ -280,6 +317,9 @@ def main() -> None:
     print(f"\n{heading(samples)}")
     if peak:
         print(f"Fastest matrix product: {peak / report.TERA:.3g} TFLOP/s.")
+    disturbed = sum(sample["others_cores"] > BUSY for sample in samples)
+    if disturbed:
+        print(f"NOT VALID: other work ran beside {disturbed} of {len(samples)} processes.")
     for case in finished:
         print(f"\n{case[0]['case']}, batch {case[0]['batch']}:\n")
         print(report.markdown(report.rows(case, peak)))

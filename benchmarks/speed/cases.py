@@ -78,7 +78,14 @@ VARIANTS = {
 # UNet2DConditionModel's own defaults are Stable Diffusion 1.5's, but for the width of the text.
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 MID = {**SD15, "block_out_channels": (128, 256, 512, 512)}
-TINY = {**SD15, "sample_size": 16, "block_out_channels": (32, 32, 64, 64)}
+TINY = {
+    **SD15,
+    "sample_size": 16,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
 # The config.json of google/ddpm-cifar10-32, 35,746,307 parameters.
 CIFAR10 = {
     "sample_size": 32,

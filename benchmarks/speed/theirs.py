@@ -23,6 +23,8 @@ SCHEDULER = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
 }
 
 
@@ -339,7 +341,7 @@ def _write_text_to_image(spec: Spec) -> float:
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel(**options),
-        scheduler=DPMSolverMultistepScheduler(**SCHEDULER),
+        scheduler=diffusers.DDIMScheduler(**SCHEDULER),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
