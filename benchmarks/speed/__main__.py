@@ -262,7 +262,8 @@ def heading(samples: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, with the names of the chosen cases."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="CASE", help=f"globs of {', '.join(CASES)}")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="globs of variants")
@@ -273,7 +274,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="examples of a call, in place of the case's")
     parser.add_argument("--compile-mode", help="of torch.compile")
     parser.add_argument("--output", type=Path, default=Path("runs/speed.jsonl"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     for name in ("processes", "batch"):
         if (value := getattr(args, name)) is not None and value < 1:
