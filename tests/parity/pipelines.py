@@ -44,9 +44,14 @@ TOLD: Mapping[str, Mapping[str, str]] = {
 DRAWS: Mapping[str, tuple[str, ...]] = {
     "StableDiffusionUpscalePipeline": ("low_res", "initial"),
     "IFSuperResolutionPipeline": ("initial", "low_res"),
+    "UnCLIPPipeline": ("initial", "initial_1", "initial_2"),
 }
 # Which words bring a noise along that a pipeline would draw.
-BROUGHT: Mapping[str, str] = {"initial": "latents"}
+BROUGHT: Mapping[str, tuple[str, ...]] = {
+    "initial": ("latents", "prior_latents"),
+    "initial_1": ("decoder_latents",),
+    "initial_2": ("super_res_latents",),
+}
 GROUNDED = "StableDiffusionGLIGENPipeline"
 # Calls its network with and without boxes, and uses half of what comes out.
 CALLED_TWICE = "StableDiffusionGLIGENTextImagePipeline"
@@ -153,7 +158,8 @@ def _recorded_noise(
     keys = image_keys(SEED, np.arange(num_images))
     class_name = case["class"].rpartition(".")[2]
     draws = DRAWS.get(class_name, ("initial",))
-    others = iter([each for each in draws if BROUGHT.get(each) not in case["call_kwargs"]])
+    brought = {each for each in draws if set(BROUGHT.get(each, ())) & set(case["call_kwargs"])}
+    others = iter([each for each in draws if each not in brought])
     posteriors = iter(("posterior", "known_posterior"))
     if "mask_image" in case["call_kwargs"] and _is_masked_first(case):
         posteriors = iter(("known_posterior",))
@@ -316,7 +322,8 @@ def _outputs(
         outputs["unet.first_class_labels"] = np.tile(level, 2 if _guided(job) else 1)
 
     def halves(x: np.ndarray) -> np.ndarray:
-        if not _guided(job):
+        # A stage of its own may have no guidance.
+        if not _guided(job) or len(x) == job.num_images:
             return x
         pairs = (x[0::2], x[1::2])
         return np.concatenate(pairs if class_name in CONDITION_FIRST else pairs[::-1])

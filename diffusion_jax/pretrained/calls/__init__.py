@@ -8,6 +8,7 @@ from diffusion_jax.pretrained.calls import (
     gligen,
     latent_diffusion,
     sdxl,
+    unclip,
     unconditional,
     upscaling,
 )
@@ -35,6 +36,7 @@ TASKS: Mapping[str, tuple[Task, ...]] = {
     "StableDiffusionImg2ImgPipeline": _STABLE_DIFFUSION,
     "StableDiffusionInpaintPipeline": _STABLE_DIFFUSION,
     "StableDiffusionPipeline": _STABLE_DIFFUSION,
+    "UnCLIPPipeline": (unclip.TEXT_TO_IMAGE,),
 }
 
 
