@@ -242,7 +242,7 @@ def hardware(samples: Sequence[dict[str, Any]]) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         found = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         model = f"{found[0]} ({model})" if found else model
-    cpu = f"{len(os.sched_getaffinity(0))} CPU cores, {model}"
+    cpu = f"{os.cpu_count()} CPU cores, {model}"
     devices = {sample.get("device") for sample in samples} - {None, "cpu"}
     return ", ".join([*sorted(map(str, devices)), cpu])
 
@@ -288,31 +288,37 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def chosen_variants(kind: str, args: argparse.Namespace) -> list[Variant]:
-    """The default ones, or those of --variants."""
+    """The default ones, or those of --variants.
+
+    Raises:
+      RuntimeError: if there are none.
+    """
     if args.variants is None:
         return list(default_variants(kind, args.device))
-    return [
-        variant
-        for variant in VARIANTS[kind]
-        if any(fnmatch.fnmatchcase(variant.name, one) for one in args.variants)
-    ]
+    names = [variant.name for variant in VARIANTS[kind]]
+    chosen = {name for one in args.variants for name in fnmatch.filter(names, one)}
+    if not chosen:
+        raise RuntimeError(f"no variant is {' or '.join(args.variants)}; there are {names}")
+    return [variant for variant in VARIANTS[kind] if variant.name in chosen]
 
 
-def main() -> None:
+def main() -> int:
     args = parse()
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    finished = []
+    finished, failed = [], []
     for name in args.cases:
-        case = CASES[name]
-        variants = chosen_variants(case.kind, args)
-        if not variants:
-            sys.exit(
-                f"{name} has no variant {' or '.join(args.variants)}; it has "
-                f"{', '.join(variant.name for variant in VARIANTS[case.kind])}"
-            )
         with tempfile.TemporaryDirectory() as folder:
-            run = Run(name, case, Path(folder), args)
-            finished.append(run_case(run, variants, prepare(run)))
+            run = Run(name, CASES[name], Path(folder), args)
+            try:
+                finished.append(run_case(run, chosen_variants(run.case.kind, args), prepare(run)))
+            except RuntimeError as error:
+                # Hours of other cases must not be lost.
+                failed.append(name)
+                print(f"{name}: {error}", file=sys.stderr)
+    if failed:
+        print(f"\nFAILED: {', '.join(failed)}", file=sys.stderr)
+    if not finished:
+        return 1
     samples = [sample for case in finished for sample in case]
     peak = report.matmul_peak(samples)
     print(f"\n{heading(samples)}")
@@ -324,7 +330,8 @@ def main() -> None:
     for case in finished:
         print(f"\n{case[0]['case']}, batch {case[0]['batch']}:\n")
         print(report.markdown(report.rows(case, peak)))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
