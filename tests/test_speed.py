@@ -98,6 +98,27 @@ def test_the_allocator_and_nothing_of_the_shell_is_in_a_workers_environment(monk
     assert tunables in runner.__doc__
 
 
+@pytest.mark.parametrize(
+    ("kind", "device", "kept"),
+    [
+        ("unet", "cpu", False),
+        ("unet", "cuda", True),
+        ("first_call", "cpu", None),
+    ],
+)
+def test_caches_are_kept_where_a_second_start_is_timed_and_on_a_gpu(kind, device, kept):
+    case = next(name for name, case in CASES.items() if case.kind == kind)
+    args = runner.parse(["--device", device])
+    run = runner.Run(case, CASES[case], Path("x"), args)
+    folders = {}
+    for variant in VARIANTS[kind]:
+        folders[variant] = [runner.cache(run, variant, number) for number in range(3)]
+        expected = variant.cache == "warm" if kept is None else kept
+        assert len(set(folders[variant])) == (1 if expected else 3), variant
+    # No variant finds what another one has compiled.
+    assert len(set().union(*folders.values())) == sum(len(set(each)) for each in folders.values())
+
+
 def test_the_runner_is_light():
     # A worker's peak of memory would begin at that of the process that started it.
     source = Path(runner.__file__).read_text() + Path(report.__file__).read_text()

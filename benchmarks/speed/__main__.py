@@ -41,8 +41,11 @@ MALLOC_TRIM_THRESHOLD_ are older names; hugetlb=1 (glibc 2.35 and newer, Linux w
 pages at `madvise`) makes pages 2 MiB large. Memory that was once used stays with the process.
 
 The second start finds what JAX_COMPILATION_CACHE_DIR holds, with
-JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0, and TORCHINDUCTOR_CACHE_DIR. Processes of other cases
-share such folders, which begin empty, and time nothing before their second call.
+JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0, and TORCHINDUCTOR_CACHE_DIR. In other cases a process
+finds them empty on a CPU, and on a GPU what an earlier process of its variant has compiled.
+
+Nothing else should run meanwhile: torch's threads wait for each other and lose much more than their
+share to a busy neighbour. Other work is measured, and a run that had some is called not valid.
 """
 
 import argparse
@@ -123,14 +126,14 @@ class Run(NamedTuple):
         }
 
 
-def environment(device: str, cache: Path, variant: Variant | None = None) -> dict[str, str]:
+def environment(device: str, compiled: Path, variant: Variant | None = None) -> dict[str, str]:
     """Of a worker: the device, where compiled programs are kept, and the variant's settings."""
     kept = {name: value for name, value in os.environ.items() if name not in CLEARED}
     settings = {
         "JAX_PLATFORMS": device,
-        "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
+        "JAX_COMPILATION_CACHE_DIR": str(compiled / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
         "HF_HUB_OFFLINE": "1",
     }
     return {**kept, **settings, **(ALLOCATOR if variant and variant.allocator else {})}
@@ -189,10 +192,19 @@ def prepare(run: Run) -> dict[str, Any]:
     return written
 
 
+def cache(run: Run, variant: Variant, number: int) -> Path:
+    """Where a process keeps its compiled programs; no other variant sees them.
+
+    On a CPU each process of a steady case compiles anew: what compiling leaves behind is part of
+    its memory, and has to be so in all of them.
+    """
+    fresh = {"cold": True, "warm": False, "shared": run.args.device == "cpu"}[variant.cache]
+    return run.folder / "caches" / variant.name / (str(number) if fresh else "kept")
+
+
 def one_sample(run: Run, variant: Variant, number: int) -> dict[str, Any]:
     """One process of a variant."""
-    name = f"cold-{number}" if variant.cache == "cold" else variant.cache
-    settings = environment(run.args.device, run.folder / f"{variant.side}-{name}", variant)
+    settings = environment(run.args.device, cache(run, variant, number), variant)
     return work(run.spec("time", variant.side, compiled=variant.compiled), settings)
 
 

@@ -23,8 +23,8 @@ class Variant(NamedTuple):
       side: module of this package that runs it, "theirs" or "ours".
       compiled: whether diffusers' network goes through torch.compile.
       allocator: whether the process is started with ALLOCATOR.
-      cache: where compiled programs are kept: "shared" by the processes of a run, "cold" for an
-        empty folder in each process, "warm" for one that an earlier process has filled.
+      cache: of compiled programs: "cold", empty in each process; "warm", filled by an earlier one;
+        "shared", filled by earlier ones as they go on a GPU, and empty in each on a CPU.
     """
 
     name: str

@@ -88,7 +88,8 @@ def rows(samples: Sequence[Mapping[str, Any]], peak: float) -> list[dict[str, st
         row |= _memory(each)
         if (worst := max((s.get("difference", 0.0) for s in each), default=0.0)) > 0.0:
             row["largest difference"] = f"{worst:.1e} of {each[0]['largest_output']:.2g}"
-        if (later := _median(each, "compile_s")) is not None:
+        later = _median(each, "compile_s")
+        if each[0]["kind"] == "first_call" and later is not None:
             row["trace + compile"] = (
                 f"{seconds(_median(each, 'trace_s') or 0.0)} + {seconds(later)}"
             )
