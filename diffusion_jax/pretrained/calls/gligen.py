@@ -81,7 +81,12 @@ def _slots(values: np.ndarray) -> np.ndarray:
 
 def _one_each(values: Any, name: str, count: int) -> list[Any]:
     if not isinstance(values, list | tuple) or len(values) != count:
-        raise ValueError(f"{name} must be a list with one entry for each of {count} boxes")
+        got = (
+            f"{len(values)} entries" if isinstance(values, list | tuple) else type(values).__name__
+        )
+        raise ValueError(
+            f"{name} must be a list with one entry for each of {count} boxes, got {got}"
+        )
     return list(values)
 
 
@@ -146,7 +151,10 @@ def _called_times(control: Control) -> np.ndarray:
 
 
 def _gate(control: Control, words: Mapping[str, Any]) -> GroundedUntil:
-    """Grounded for the first int(beta · calls) calls of the network, told apart by their times."""
+    """Grounded for the first int(beta · calls) calls of the network, as diffusers has it.
+
+    Calls are told apart by their times: two at one time are grounded both or not at all.
+    """
     beta = number(words, "gligen_scheduled_sampling_beta", 0.0, 1.0)
     times = _called_times(control)
     count = int(beta * len(times))
