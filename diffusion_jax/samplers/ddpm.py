@@ -29,6 +29,15 @@ def _rounded_posterior_mean(
     return towards_x * x + per_example(next_level.alpha * std**2 / variance, x) * x0
 
 
+def _rounding(level: NoiseLevel, next_level: NoiseLevel) -> Array:
+    """What becomes of σ_s / σ_t when the squares are rounded, as a factor; 1 where σ_s = 0."""
+    ratio = jnp.sqrt(_rounded(next_level.sigma) / _rounded(level.sigma))
+    is_clean = next_level.sigma == 0
+    return jnp.where(
+        is_clean, 1.0, ratio * level.sigma / jnp.where(is_clean, 1.0, next_level.sigma)
+    )
+
+
 @struct.dataclass
 class DDPM:
     """Ancestral sampling of the reverse chain.
@@ -44,9 +53,9 @@ class DDPM:
       fraction: v in [0, 1], with "interpolated" only.
       noise_at_end: add noise in the step to sigma = 0 too, with β̃ = 1e-20 there, unless it starts
         at t = 0. It spoils the picture; diffusers does so.
-      variant: "exact", or "unclip" for the mean of diffusers' UnCLIPScheduler, which divides a
-        precise β by a σ² = 1 - ᾱ that float32 has rounded to multiples of 2^-24, as it has
-        α²_{t|s}. Its last step returns x̂0 times a number that is off by up to a thousandth.
+      variant: "exact", or "unclip" for the mean and β̃ of diffusers' UnCLIPScheduler, which
+        divides a precise β by a σ² = 1 - ᾱ that float32 has rounded to multiples of 2^-24, as it
+        has α²_{t|s}. Its last step returns x̂0 times a number that is off by up to a thousandth.
 
     Raises:
       ValueError: if the variance or the variant is unknown, if `fraction` is missing or given in
@@ -92,8 +101,9 @@ class DDPM:
         """
         mean = posterior_mean if self.variant == "exact" else _rounded_posterior_mean
         mean = mean(x, prediction.x0, level, next_level)
+        rounding = 1.0 if self.variant == "exact" else _rounding(level, next_level)
         if self.variance == "small":
-            return mean, per_example(posterior_std(level, next_level), x)
+            return mean, per_example(posterior_std(level, next_level) * rounding, x)
         log_variance = reverse_log_variance(
             prediction,
             level,
@@ -102,6 +112,9 @@ class DDPM:
             fraction=self.fraction,
             least=_LEAST_VARIANCE if self.noise_at_end and self.variance != "large" else None,
         )
+        if self.variant == "unclip" and self.variance == "learned_range":
+            small = per_example(2.0 * jnp.log(rounding), x)
+            log_variance = log_variance + (1.0 - prediction.var_frac) * small
         return mean, jnp.exp(0.5 * log_variance)
 
     def adds_noise(self, level: NoiseLevel, next_level: NoiseLevel) -> Array:

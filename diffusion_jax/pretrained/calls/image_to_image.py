@@ -62,7 +62,8 @@ def _image_batch(
     """The image, or its latents, for every image that is drawn, and the latents' size."""
     latents = _latents_given(words["image"], vae.config.latent_channels)
     if latents is not None:
-        return {"image_latents": for_each_image(latents, count, "image")}, latents.shape[1:3]
+        height, width = latents.shape[1:3]
+        return {"image_latents": for_each_image(latents, count, "image")}, (height, width)
     factor = vae.config.factor
     wanted = size_for(words["image"], factor) if size is None else size
     image = images_of(words["image"], "image", size=wanted)
