@@ -125,10 +125,10 @@ class Pipeline(Mapping[str, Any]):
         Raises:
           ValueError: if the class cannot be called, a word is unknown, missing or out of range.
         """
-        from diffusion_jax.pretrained.calls import TASKS, task_of
+        from diffusion_jax.pretrained.calls import task_of, tasks_of
         from diffusion_jax.pretrained.calls.base import completed, named, run
 
-        words = named(TASKS.get(self.class_name, ()), args, words)
+        words = named(tasks_of(self.class_name), args, words)
         task = task_of(self.class_name, words)
         words = completed(task, self.class_name, words)
         return run(self, task, task.prepare(self, words), words)

@@ -40,18 +40,27 @@ TASKS: Mapping[str, tuple[Task, ...]] = {
 }
 
 
-def task_of(class_name: str, words: Mapping[str, Any]) -> Task:
-    """The task that the words of a call choose among those of a pipeline's class.
+def tasks_of(class_name: str) -> tuple[Task, ...]:
+    """What pipelines of a class can be called for.
 
     Raises:
-      ValueError: if pipelines of the class cannot be called, or the words choose none.
+      ValueError: if they cannot be called.
     """
     if class_name not in TASKS:
         raise ValueError(
             f"a {class_name} cannot be called; its parts can be used one by one. Classes that can "
             f"be: {', '.join(sorted(TASKS))}"
         )
-    return choose(TASKS[class_name], class_name, words)
+    return TASKS[class_name]
 
 
-__all__ = ["TASKS", "Drawn", "Job", "Progress", "Task", "task_of"]
+def task_of(class_name: str, words: Mapping[str, Any]) -> Task:
+    """The task that the words of a call choose among those of a pipeline's class.
+
+    Raises:
+      ValueError: if pipelines of the class cannot be called, or the words choose none.
+    """
+    return choose(tasks_of(class_name), class_name, words)
+
+
+__all__ = ["TASKS", "Drawn", "Job", "Progress", "Task", "task_of", "tasks_of"]

@@ -145,7 +145,7 @@ def named(tasks: Sequence[Task], args: Sequence[Any], words: Mapping[str, Any]) 
       ValueError: if there are too many, or a word is given twice.
     """
     # Those of the task with most: a picture by place chooses its task.
-    names = max((task.positional for task in tasks), key=len, default=())
+    names = max((task.positional for task in tasks), key=len)
     if len(args) > len(names):
         raise ValueError(f"only {list(names)} may be given without a name, got {len(args)} values")
     by_place = dict(zip(names, args, strict=False))
@@ -164,9 +164,9 @@ def completed(task: Task, class_name: str, words: Mapping[str, Any]) -> dict[str
     unknown = sorted(set(words) - set(known))
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"{task.name} with a {class_name} has no {', '.join(unknown)}{hint} "
+            f"{task.name} with a {class_name} has no {', '.join(unknown)}; {hint}"
             f"It has {', '.join(sorted(known))}"
         )
     return {**known, **words}
