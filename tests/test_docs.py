@@ -19,6 +19,7 @@ from diffusion_jax.pretrained import (
     save_original,
     save_pretrained,
 )
+from diffusion_jax.pretrained.calls import TASKS
 from diffusion_jax.pretrained.hub import is_repository
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -39,6 +40,7 @@ ARGUMENTS = {
     "channel_mult": [1],
 }
 UNET = {
+    "sample_size": 8,
     "block_out_channels": [32],
     "down_block_types": ["CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D"],
@@ -123,3 +125,8 @@ def test_the_table_of_checkpoints_names_what_there_is():
         assert not on_hub or files[name] == published.file
     for name in FROM_PRETRAINED.findall(text):
         assert is_repository(name) or name == "ID"
+
+
+def test_the_page_on_drawing_lists_every_class_that_can_be_called():
+    page = (DOCS / "drawing.md").read_text("utf-8")
+    assert set(re.findall(r"`(\w+Pipeline)`", page)) == set(TASKS)
