@@ -92,8 +92,16 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def parse_json(text: bytes) -> dict[str, Any]:
+def _infinity(name: str) -> float:
+    return _refuse_constant(name) if name == "NaN" else float(name)
+
+
+def parse_json(text: bytes, *, infinities: bool = False) -> dict[str, Any]:
     """A JSON object, in which no key occurs twice.
+
+    Args:
+      text: its bytes.
+      infinities: read Infinity and -Infinity, which are no JSON but which Python writes.
 
     Raises:
       ValueError: if the text is no UTF-8, no JSON, nested too deeply, or no such object.
@@ -102,7 +110,7 @@ def parse_json(text: bytes) -> dict[str, Any]:
         value = json.loads(
             text.decode("utf-8"),
             object_pairs_hook=_no_duplicates,
-            parse_constant=_refuse_constant,
+            parse_constant=_infinity if infinities else _refuse_constant,
         )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error

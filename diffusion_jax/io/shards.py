@@ -34,7 +34,7 @@ DEFAULT_SHARD_BYTES = 10_000_000_000
 
 
 def read_json(path: str | PathLike) -> dict[str, Any]:
-    """A JSON object in a file.
+    """A JSON object in a file; numbers may be infinite, as in released schedulers' options.
 
     Raises:
       WeightsFileError: if the file is larger than `MAX_JSON_BYTES`, or holds anything else.
@@ -45,7 +45,7 @@ def read_json(path: str | PathLike) -> dict[str, Any]:
     if size > MAX_JSON_BYTES:
         raise WeightsFileError(f"{path} has {size} bytes; at most {MAX_JSON_BYTES} are read")
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(path.read_bytes(), infinities=True)
     except ValueError as error:
         raise WeightsFileError(f"{path} is not valid JSON: {error}") from error
 

@@ -1,6 +1,7 @@
 """Weights in several files: the index, variants, and folders that hold none."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -132,3 +133,13 @@ def test_a_whole_file_is_opened_as_such(tmp_path):
     assert isinstance(open_weights(tmp_path), WeightsFile)
     with pytest.raises(ValueError, match="at least 1 byte"):
         save_weights(TENSORS, tmp_path / "b", stem="model", max_shard_size=0)
+
+
+def test_infinite_numbers_of_configurations_are_read_and_nan_is_not(tmp_path):
+    path = tmp_path / "scheduler_config.json"
+    # As diffusers writes a DPMSolverMultistepScheduler.
+    path.write_text('{"lambda_min_clipped": -Infinity, "b": Infinity}')
+    assert read_json(path) == {"lambda_min_clipped": -math.inf, "b": math.inf}
+    path.write_text('{"a": NaN}')
+    with pytest.raises(WeightsFileError, match="NaN"):
+        read_json(path)
