@@ -336,6 +336,25 @@ def convert(
     return unflatten_dict(loaded)
 
 
+def tensor_places(params: Params, rows: Sequence[Row]) -> dict[str, tuple[str, int | None]]:
+    """Where every parameter lies in the file: path -> (tensor's name, its number of axes).
+
+    Parameters that share a tensor with others are left out, and the number of axes is None where
+    the table does not fix it.
+
+    Args:
+      params: tree of arrays or shapes.
+      rows: the table.
+
+    Raises:
+      MappingError: if a parameter has no row or two rows, or if two want the same tensor.
+    """
+    plan, problems = _plan(list(_flat(params)), rows)
+    if problems:
+        raise MappingError(_message("the table does not cover the parameters", problems))
+    return {p: (x.name, x.leaf.rank) for p, x in plan.items() if x.share is None}
+
+
 def export(params: Params, rows: Sequence[Row]) -> dict[str, np.ndarray]:
     """A parameter tree as tensors of a file: `convert` backwards.
 

@@ -3,6 +3,7 @@
 from diffusion_jax.pretrained.components import COMPONENTS, ORIGINALS, Component
 from diffusion_jax.pretrained.folder import from_pretrained, save_pretrained
 from diffusion_jax.pretrained.hub import HubError
+from diffusion_jax.pretrained.lora import load_lora, save_lora, with_lora
 from diffusion_jax.pretrained.networks import Loaded, UnknownClassError
 from diffusion_jax.pretrained.originals import from_original, save_original
 from diffusion_jax.pretrained.pipelines import Pipeline
@@ -25,7 +26,10 @@ __all__ = [
     "from_config",
     "from_original",
     "from_pretrained",
+    "load_lora",
+    "save_lora",
     "save_original",
     "save_pretrained",
     "to_config",
+    "with_lora",
 ]
