@@ -38,32 +38,32 @@ def tiled(
     e = overlap · scale pixels of the result that a tile shares with the one above it, and then
     with the one to the left, the k-th pixel is
 
-        (1 - k / e) · (that of the other tile, blended already) + k / e · (that of the tile).
+        (1 - k / e) · (that of the other tile, blended already) + k / e · (that of the tile);
 
-    An image that fits into a tile is given to fn as it is. Norms and attention inside of fn see
-    a tile only, so the result is not that of the whole image unless fn is local.
+    e is the whole tile where that is smaller. An image that fits into a tile is given to fn as it
+    is. Norms and attention inside of fn see a tile only, so the result is that of the whole image
+    only if fn is local.
 
-    Activations are those of one tile. There is a program for every size of tile: at most four
-    if the image is a multiple of `tile - overlap` away from either none or `tile`, and nine for
-    an overlap of up to half a tile.
+    Beside argument and result, memory is that of fn on one tile. It compiles fn once for every
+    shape of tile: with an overlap of up to half a tile these are up to three a side, nine in all.
 
     Args:
       fn: [B, H, W, C] -> [B, scale · H, scale · W, C'], floating point.
       tile: height and width of a tile in pixels of the argument.
       overlap: pixels of the argument that neighbours share, in [0, tile).
       scale: of fn, above 0: 8 for a decoder that doubles three times, Fraction(1, 8) for its
-        encoder. With it `tile` and `overlap` must come out whole.
+        encoder. It must take `tile` and `overlap` to whole numbers.
 
     Returns:
-      [B, H, W, C] -> [B, scale · H, scale · W, C']. It raises ValueError if the argument is not
-      of rank 4, if scale · H or scale · W is not whole, or if fn gives something else.
+      [B, H, W, C] -> [B, scale · H, scale · W, C'].
 
     Raises:
-      ValueError: if a number is out of range or does not come out whole.
+      ValueError: if a number is out of range or not whole; from the result, if its argument is
+        not of rank 4 or of a size that is not whole after the scale, or fn gives another shape.
 
-    Source: diffusers 0.42.1, `AutoencoderKL.tiled_decode` and `_tiled_encode`, whose numbers these
-    are for tile = `tile_latent_min_size` or `tile_sample_min_size` and overlap = tile ·
-    `tile_overlap_factor` wherever its three roundings leave nothing over.
+    Source: diffusers 0.42.1, `AutoencoderKL.tiled_decode` and `_tiled_encode`, with tile =
+    `tile_latent_min_size` and `tile_sample_min_size`, and overlap = tile · `tile_overlap_factor`
+    where that is whole. Its `AutoencoderTiny` blends by another rule, which is not here.
     """
     plan = _Plan(tile, overlap, _scale(scale))
     plan.check()
@@ -86,6 +86,9 @@ class _Plan(NamedTuple):
     scale: Fraction
 
     def check(self) -> None:
+        for name in ("tile", "overlap"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} must be an int, got {getattr(self, name)!r}")
         if self.tile < 1:
             raise ValueError(f"tile must be at least 1, got {self.tile}")
         if not 0 <= self.overlap < self.tile:
@@ -105,13 +108,13 @@ class _Plan(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """Tiles of one size that follow each other along a side; all but `start` in the result.
+    """Tiles of one size that follow each other along a side.
 
     Attributes:
-      start: of the first tile in the argument.
+      start: of the first tile, in pixels of the argument.
       count: number of tiles.
-      taken: size of a tile in the argument.
-      size: of a tile.
+      taken: of a tile, in pixels of the argument.
+      size: of a tile, in pixels of the result, as are the next two.
       core: what is kept of a tile, up to the next one.
       shared: with the tile before.
     """
@@ -165,7 +168,10 @@ def _blend(before: Array, tile: Array, axis: int, first: Array) -> Array:
     head, rest = jnp.split(tile, [shared], axis)
     weight = jnp.where(first, 1.0, jnp.arange(shared, dtype=jnp.float32) / shared)
     weight = jnp.expand_dims(weight, [a for a in range(4) if a != axis])
-    head = (before * (1.0 - weight) + head * weight).astype(tile.dtype)
+    wide = jnp.promote_types(tile.dtype, jnp.float32)
+    before, head = before.astype(wide), head.astype(wide)
+    # In this form tiles that agree come out as they are.
+    head = (before + (head - before) * weight).astype(tile.dtype)
     return jnp.concatenate([head, rest], axis)
 
 
