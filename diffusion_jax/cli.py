@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, demo, proof, ablate, bench, data, convert."""
+"""The command line: every command of `USAGE`, its options, and how they are read."""
 
 import dataclasses
 import sys
@@ -21,6 +21,8 @@ USAGE = f"""usage: diffusion-jax COMMAND …
   sample NAME [--tiny] --workdir DIR    draw images with a trained run's averaged weights
   sample --model FOLDER_OR_ID           draw images with a released pipeline: --prompt, --image,
                                         --mask, --layout …; --from-image FILE.png draws one again
+  finetune --model … --data … --workdir …
+                                        train a released pipeline further, whole or by LoRA
   evaluate NAME [--tiny] --workdir DIR  score a trained run against real data
   demo                                  train, sample and score handwritten digits in minutes
   proof NAME [--seed N]                 show what a system must do, beside controls that must fail
@@ -408,10 +410,14 @@ def parse(arguments: Sequence[str]) -> Any:
         from diffusion_jax.commands.sample_model import SampleModel
 
         return tyro.cli(SampleModel, args=rest, prog="diffusion-jax sample")
+    if command == "finetune":
+        from diffusion_jax.commands.finetune import FineTune
+
+        return tyro.cli(FineTune, args=rest, prog="diffusion-jax finetune")
     if command in PLAIN_COMMANDS:
         return tyro.cli(PLAIN_COMMANDS[command], args=rest, prog=f"diffusion-jax {command}")
     if command not in COMMANDS:
-        known = [*COMMANDS, *PLAIN_COMMANDS, "bench", "data"]
+        known = [*COMMANDS, *PLAIN_COMMANDS, "finetune", "bench", "data"]
         raise ValueError(f"unknown command {command!r}; there are {known}")
     defaults: dict[str, Any] = {}
     if command == "demo":

@@ -39,6 +39,8 @@ class SampleModel:
       seed: image i is a function of seed and i; drawn afresh, and written down, if not given.
       dtype: of parameters and activations, "bfloat16" on accelerators.
       revision, variant: of the weights, see `from_pretrained`.
+      lora: file or folder of a LoRA for the pipeline, see `load_lora`.
+      lora_scale: how much of it, 1 for as it was trained.
       offload: keep the parameters in the host's memory but for those in use.
       out: folder for the images.
       from_image: PNG of this command, from which all options are read but dtype, offload and out.
@@ -65,6 +67,8 @@ class SampleModel:
     dtype: str | None = None
     revision: str | None = None
     variant: str | None = None
+    lora: Path | None = None
+    lora_scale: float = 1.0
     offload: bool = False
     out: Path = Path("runs/samples")
     from_image: Path | None = None
@@ -159,8 +163,11 @@ def _with_pictures(words: Mapping[str, Any]) -> dict[str, Any]:
     return opened
 
 
-def _digests(words: Mapping[str, Any]) -> dict[str, str]:
+def _digests(words: Mapping[str, Any], lora: Path | None) -> dict[str, str]:
+    """Of every file that images depend on beside the model."""
     paths = []
+    if lora is not None:
+        paths += [str(each) for each in ([lora] if lora.is_file() else sorted(lora.glob("*.*")))]
     for name in PICTURE_WORDS:
         value = words.get(name, [])
         paths += [value] if isinstance(value, str) else value
@@ -195,7 +202,7 @@ class Bar:
 
 
 def _load(model: str, settings: Mapping[str, Any], dtype: str | None, offload: bool) -> Any:
-    from diffusion_jax.pretrained import Pipeline, from_pretrained
+    from diffusion_jax.pretrained import Pipeline, from_pretrained, with_lora
 
     found = from_pretrained(
         model, revision=settings["revision"], variant=settings["variant"], dtype=dtype
@@ -205,6 +212,8 @@ def _load(model: str, settings: Mapping[str, Any], dtype: str | None, offload: b
             f"{model} holds a {type(found).__name__}, and --model wants a pipeline; the directory "
             "of a training run is sampled by diffusion-jax sample DIR"
         )
+    if settings["lora"] is not None:
+        found = with_lora(found, settings["lora"], settings["lora_scale"])
     return found.on_host() if offload else found
 
 
@@ -237,13 +246,23 @@ def draw(options: SampleModel) -> list[Path]:
       ValueError: if an option is out of range or the pipeline does not have it.
     """
     words = _words(options)
-    settings = {"model": options.model, "revision": options.revision, "variant": options.variant}
+    settings: dict[str, Any] = {
+        "model": options.model,
+        "revision": options.revision,
+        "variant": options.variant,
+        "lora": None if options.lora is None else str(options.lora),
+        "lora_scale": options.lora_scale,
+    }
     pipeline = _load(str(options.model), settings, options.dtype, options.offload)
     call = _count_word(pipeline, _with_pictures(words), options.num_images)
     bar = Bar()
     drawn = pipeline(**call, seed=options.seed, output_type="np", progress=bar)
     settings |= {"seed": drawn.seed, "task": drawn.task, "dtype": options.dtype}
-    settings |= {"words": words, "files": _digests(words), "num_images": options.num_images}
+    settings |= {
+        "words": words,
+        "files": _digests(words, options.lora),
+        "num_images": options.num_images,
+    }
     files = _written(drawn.images, settings, range(len(drawn.images)), options.out)
     print(
         f"{len(drawn.images)} images and grid.png are in {options.out}: seed {drawn.seed}, "

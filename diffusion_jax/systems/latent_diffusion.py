@@ -1,7 +1,9 @@
 """Latent diffusion as phases: texts to tokens, tokens to latents, latents to images, and back."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar, Protocol
 
 import jax.numpy as jnp
@@ -13,8 +15,10 @@ from diffusion_jax.core.denoiser import make_denoiser, network_time
 from diffusion_jax.core.parameterization import Parameterization
 from diffusion_jax.core.types import Array, Batch, Key, NoiseLevel, Params
 from diffusion_jax.guidance import Chain
+from diffusion_jax.models.autoencoder import diagonal_gaussian
 from diffusion_jax.samplers.base import Denoise
 from diffusion_jax.systems.phases import Compute, Control, Draw, noise_for
+from diffusion_jax.systems.tiling import sliced, tiled
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,9 @@ class Latents(Protocol):
 
     scaling_factor: float
 
+    @property
+    def factor(self) -> int: ...
+
 
 def scaled(config: Latents, latents: Array) -> Array:
     """What the diffusion sees of an autoencoder's latents: (z - shift) · scaling_factor.
@@ -214,6 +221,9 @@ class EncodeImage(Compute):
       component: its name.
       purpose: which noise it is drawn with, one of PURPOSES.
       source, target: names of what is read and given.
+      one_by_one: one image after the other, for memory.
+      tile: height and width of the overlapping parts that images are encoded in, in pixels, for
+        memory; None for the whole.
     """
 
     config: Latents
@@ -222,6 +232,8 @@ class EncodeImage(Compute):
     purpose: str = "posterior"
     source: str = "image"
     target: str = "image_latents"
+    one_by_one: bool = False
+    tile: int | None = None
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -230,12 +242,31 @@ class EncodeImage(Compute):
     def needed(self, batch: Batch) -> bool:
         return self.source in batch
 
+    def noise(self, keys: Key, like: Array) -> Array:
+        """The noise that latents are drawn with, like [B, h, w, c]."""
+        return noise_for(self.purpose, keys, like)
+
     def __call__(self, params: Mapping[str, Params], batch: Batch, keys: Key) -> dict[str, Array]:
         variables = {"params": params[self.component]}
-        encoded = self.module.apply(variables, batch[self.source], method="encode")
+
+        def encode(image: Array, *, method: str = "encode") -> Any:
+            return self.module.apply(variables, image, method=method)
+
+        if self.tile is not None:
+            is_gaussian = hasattr(self.module, "moments")
+            method = "moments" if is_gaussian else "encode"
+            scale = Fraction(1, self.config.factor)
+            parts = tiled(
+                functools.partial(encode, method=method),
+                tile=self.tile,
+                overlap=self.tile // 4,
+                scale=scale,
+            )
+            encode = (lambda image: diagonal_gaussian(parts(image))) if is_gaussian else parts
+        encode = sliced(encode) if self.one_by_one else encode
+        encoded = encode(batch[self.source])
         if hasattr(encoded, "logvar"):
-            noise = noise_for(self.purpose, keys, encoded.mean)
-            encoded = encoded.mean + encoded.std * noise
+            encoded = encoded.mean + encoded.std * self.noise(keys, encoded.mean)
         return {self.target: scaled(self.config, encoded.astype(jnp.float32))}
 
 
@@ -248,12 +279,17 @@ class DecodeLatents(Compute):
       module: the autoencoder.
       component: its name.
       apply_scale: undo the configuration's factor first; LDM's super-resolution does not.
+      one_by_one: one image after the other, for memory.
+      tile: height and width of the overlapping parts that latents are decoded in, for memory;
+        None for the whole.
     """
 
     config: Latents
     module: nn.Module
     component: str = "vae"
     apply_scale: bool = True
+    one_by_one: bool = False
+    tile: int | None = None
 
     reads: ClassVar[tuple[str, ...]] = ("latents",)
 
@@ -265,7 +301,15 @@ class DecodeLatents(Compute):
         latents = batch["latents"]
         latents = unscaled(self.config, latents) if self.apply_scale else latents
         variables = {"params": params[self.component]}
-        return {"images": to_unit(self.module.apply(variables, latents, method="decode"))}
+
+        def decode(latents: Array) -> Any:
+            return self.module.apply(variables, latents, method="decode")
+
+        if self.tile is not None:
+            overlap, scale = self.tile // 4, self.config.factor
+            decode = tiled(decode, tile=self.tile, overlap=overlap, scale=scale)
+        decode = sliced(decode) if self.one_by_one else decode
+        return {"images": to_unit(decode(latents))}
 
 
 def to_unit(image: Array) -> Array:

@@ -61,6 +61,19 @@ def test_a_picture_to_start_from_must_be_the_one_it_was(tmp_path, capsys):
     assert "was changed" in capsys.readouterr().err
 
 
+def test_a_lora_is_part_of_the_settings(tmp_path):
+    data = Path(__file__).parents[1] / "pretrained" / "data_lora"
+    options = ("--prompt", "a", "--num-steps", 2, "--height", 16, "--width", 16, "--seed", 0)
+    model = ("--model", CHECKPOINTS / "E_sd1")
+    assert sample(*model, *options, "--out", tmp_path / "plain") == 0
+    assert sample(*model, *options, "--lora", data, "--out", tmp_path / "lora") == 0
+    plain, adapted = (pixels(tmp_path / name / "00000.png") for name in ("plain", "lora"))
+    assert (plain != adapted).any()
+    file = tmp_path / "lora" / "00000.png"
+    assert sample("--from-image", file, "--out", tmp_path / "again") == 0
+    np.testing.assert_array_equal(pixels(tmp_path / "again" / "00000.png"), adapted)
+
+
 def test_labels_and_unconditional_models(tmp_path):
     options = ("--num-steps", 2, "--num-images", 2, "--seed", 0)
     out = tmp_path / "dit"

@@ -19,8 +19,10 @@ from diffusion_jax.core.timesteps import Steps
 from diffusion_jax.core.types import Array, Batch, Key
 from diffusion_jax.data.tokenizers import Tokenizer, check_prompts
 from diffusion_jax.guidance import ClassifierFree, Guide, Unguided
+from diffusion_jax.models.tiny_autoencoder import AutoencoderTinyConfig
 from diffusion_jax.pretrained.schedulers import CLASSES, Scheduler, from_config, to_config
 from diffusion_jax.samplers import SAMPLERS, Sampler, fit_grid
+from diffusion_jax.systems.latent_diffusion import DecodeLatents, EncodeImage
 from diffusion_jax.systems.phases import (
     Compute,
     Control,
@@ -43,6 +45,8 @@ COMMON: Mapping[str, Any] = {
     "callback_on_step_end_tensor_inputs": ("latents",),
     "progress": None,
     "mesh": None,
+    "vae_slicing": False,
+    "vae_tiling": False,
 }
 # Words of every phase that draws with a scheduler.
 STEPS: Mapping[str, Any] = {
@@ -274,6 +278,8 @@ def texts_of(words: Mapping[str, Any], *, guided: bool) -> Texts:
                 f"for {count}"
             )
         negatives = negatives * count if len(negatives) == 1 else negatives
+    elif guided and (shape := np.shape(words["negative_prompt_embeds"]))[:1] != (count,):
+        raise ValueError(f"negative_prompt_embeds must have shape [{count}, L, D], got {shape}")
 
     def repeated(texts: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return None if texts is None else tuple(text for text in texts for _ in range(repeats))
@@ -398,6 +404,36 @@ def _own_control(
     return Control(sampler, grid, std, guide, scheduler.threshold)
 
 
+def _with_memory(phases: Sequence[Phase], words: Mapping[str, Any]) -> tuple[Phase, ...]:
+    """The phases with autoencoders that work image by image, and in tiles as diffusers' do.
+
+    Raises:
+      ValueError: if there is no autoencoder, or it has no tiles here.
+    """
+    slicing, tiling = bool(words["vae_slicing"]), bool(words["vae_tiling"])
+    if not slicing and not tiling:
+        return tuple(phases)
+    coders = [phase for phase in phases if isinstance(phase, DecodeLatents | EncodeImage)]
+    if not coders:
+        raise ValueError("vae_slicing and vae_tiling are for pipelines with an autoencoder")
+    changed: list[Phase] = []
+    for phase in phases:
+        if isinstance(phase, DecodeLatents | EncodeImage):
+            tile = _tile(phase) if tiling else None
+            phase = dataclasses.replace(phase, one_by_one=slicing, tile=tile)
+        changed.append(phase)
+    return tuple(changed)
+
+
+def _tile(phase: DecodeLatents | EncodeImage) -> int:
+    """The size that the autoencoder was trained with, in pixels or latents."""
+    config: Any = phase.config
+    if isinstance(config, AutoencoderTinyConfig):
+        raise ValueError("vae_tiling is not for the tiny autoencoder, which needs little memory")
+    decodes = isinstance(phase, DecodeLatents)
+    return config.sample_size // config.factor if decodes else config.sample_size
+
+
 def run(pipeline: Any, task: Task, job: Job, words: Mapping[str, Any]) -> Drawn:
     """Runs the phases of a job one after the other.
 
@@ -411,6 +447,7 @@ def run(pipeline: Any, task: Task, job: Job, words: Mapping[str, Any]) -> Drawn:
     if output not in OUTPUT_TYPES:
         raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output!r}")
     keys, seed = keys_of(words["seed"], words["key"], job.num_images)
+    phases = _with_memory(job.phases, words)
     wanted = job.latents if output == "latent" else job.result
     batch = dict(job.batch)
     mesh = words["mesh"]
@@ -420,7 +457,7 @@ def run(pipeline: Any, task: Task, job: Job, words: Mapping[str, Any]) -> Drawn:
         batch, keys = shard_batch(
             mesh, (jax.tree.map(lambda a: jnp.asarray(a)[index], batch), keys[index])
         )
-    for phase in job.phases:
+    for phase in phases:
         if wanted in batch:
             break
         params = {name: pipeline[name].params for name in phase.components}

@@ -200,3 +200,29 @@ def test_pipelines_that_cannot_be_called_say_so(pipeline):
         dataclasses.replace(pipeline, class_name="KandinskyPipeline")("a")
     with pytest.raises(ValueError, match="no parts"):
         pipeline.replace(sheduler=None)
+
+
+def test_autoencoders_work_image_by_image_and_in_tiles(pipeline):
+    words = {**SMALL, "seed": 0}
+    whole = pipeline(["a", "b"], **words).images
+    np.testing.assert_allclose(
+        pipeline(["a", "b"], **words, vae_slicing=True).images, whole, atol=1e-5
+    )
+    # An image of one tile is decoded as it is, a larger one in several.
+    size = pipeline["vae"].config.sample_size
+    words |= {"height": size, "width": size}
+    one = pipeline("a", **words).images
+    np.testing.assert_array_equal(pipeline("a", **words, vae_tiling=True).images, one)
+    words |= {"height": 2 * size}
+    tall = pipeline("a", **words).images
+    tiles = pipeline("a", **words, vae_tiling=True).images
+    assert tiles.shape == tall.shape
+    assert np.abs(tiles - tall).max() > 1e-4
+    start = {"image": tall, "num_inference_steps": 2, "seed": 0, "output_type": "np"}
+    np.testing.assert_allclose(
+        pipeline("a", **start, vae_slicing=True).images, pipeline("a", **start).images, atol=1e-5
+    )
+    assert pipeline("a", **start, vae_slicing=True, vae_tiling=True).images.shape == tall.shape
+    unconditional = from_pretrained(CHECKPOINTS / "E09_ddpm_ddim_pipelines")
+    with pytest.raises(ValueError, match="with an autoencoder"):
+        unconditional(num_inference_steps=2, vae_tiling=True)

@@ -1,0 +1,265 @@
+"""finetune: goes on training a released text-to-image pipeline, whole or by LoRA."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusion_jax.core.lora import ATTENTION, init_lora, merge_lora
+from diffusion_jax.core.types import Params
+from diffusion_jax.data.pipeline import Folder, WebDataset, batches
+from diffusion_jax.data.sources import Source
+from diffusion_jax.data.text import Tokenized
+from diffusion_jax.data.transforms import image_grid
+from diffusion_jax.io.checkpoint import Checkpoints
+from diffusion_jax.io.files import write_text
+from diffusion_jax.io.loggers import JSONLLogger, StdoutLogger
+from diffusion_jax.io.shards import read_json
+from diffusion_jax.pretrained import Pipeline, from_pretrained, save_lora, save_pretrained
+from diffusion_jax.pretrained.calls.stable_diffusion import denoise_phase
+from diffusion_jax.pretrained.schedulers import beta_schedule
+from diffusion_jax.systems.fine_tuning import FineTuning
+from diffusion_jax.systems.latent_diffusion import EncodeImage, EncodeTexts
+from diffusion_jax.training.ema import EMA
+from diffusion_jax.training.loop import LoopConfig, fit
+from diffusion_jax.training.optimizer import Optimizer
+from diffusion_jax.training.parallel import make_mesh, mesh_train
+from diffusion_jax.training.state import TrainState
+from diffusion_jax.training.step import make_train_step
+
+# Options that may change where a run is gone on with.
+_FREE = ("num_steps", "log_every", "eval_every", "checkpoint_every", "prompt")
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """Trains a Stable Diffusion on pictures with captions, whole or by LoRA.
+
+    Writes checkpoints, metrics and sample pictures to workdir, and at the end what diffusers
+    loads: workdir/lora with pytorch_lora_weights.safetensors, or workdir/pipeline. The same
+    command goes on with an interrupted run.
+
+    Attributes:
+      model: folder or hub id of the pipeline.
+      data: folder of pictures with captions (NAME.txt, captions.json or metadata.jsonl), or a
+        pattern of webdataset's shards, "set/*.tar".
+      workdir: where everything goes.
+      rank: of the LoRA; 0 trains the whole UNet.
+      targets: globs of the kernels that the LoRA adapts.
+      image_size: of the pictures in pixels; the UNet's own if not given.
+      num_steps, batch_size, accumulate: updates, examples of one, and parts that it is computed
+        in.
+      learning_rate: of AdamW; 1e-4 if not given, 1e-5 where the whole UNet is trained.
+      weight_decay: of AdamW.
+      caption_dropout: probability of training without the caption, for guidance.
+      ema: decay of the averaged weights, which are written at the end; 0 for none.
+      dtype: of the frozen parameters and of the activations; what is trained is float32.
+      seed: of data order, noise and the LoRA.
+      prompt: texts that are drawn every eval_every updates.
+      log_every, eval_every, checkpoint_every: in updates.
+      revision, variant: of the weights, see `from_pretrained`.
+    """
+
+    model: str
+    data: str
+    workdir: Path
+    rank: int = 4
+    targets: tuple[str, ...] = ATTENTION
+    image_size: int | None = None
+    num_steps: int = 1000
+    batch_size: int = 1
+    accumulate: int = 1
+    learning_rate: float | None = None
+    weight_decay: float = 1e-2
+    caption_dropout: float = 0.1
+    ema: float = 0.0
+    dtype: str | None = None
+    seed: int = 0
+    prompt: tuple[str, ...] = ()
+    log_every: int = 10
+    eval_every: int = 0
+    checkpoint_every: int = 500
+    revision: str | None = None
+    variant: str | None = None
+
+    def run(self) -> int:
+        """Trains, and writes the result."""
+        print(f"the result is in {finetune(self)}")
+        return 0
+
+
+def _check(options: FineTune) -> None:
+    if options.rank < 0:
+        raise ValueError(f"rank must be at least 0, got {options.rank}")
+    if options.eval_every and not options.prompt:
+        raise ValueError("eval_every draws pictures of --prompt; give one")
+    if options.batch_size < 1 or options.batch_size % (options.accumulate * jax.device_count()):
+        raise ValueError(
+            f"batch_size {options.batch_size} must split over {jax.device_count()} devices x "
+            f"{options.accumulate} parts; choose a multiple"
+        )
+
+
+def _pipeline(options: FineTune) -> Pipeline:
+    found = from_pretrained(
+        options.model, revision=options.revision, variant=options.variant, dtype=options.dtype
+    )
+    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    if not isinstance(found, Pipeline) or any(found.get(name) is None for name in parts):
+        raise ValueError(f"{options.model} must hold a pipeline with {', '.join(parts)}")
+    unet, vae = found["unet"], found["vae"]
+    if "text_encoder_2" in found or unet.config.in_channels != vae.config.latent_channels:
+        raise ValueError(
+            f"finetune trains pipelines of one text encoder, told nothing but the text; "
+            f"{options.model} is a {found.class_name}"
+        )
+    return found
+
+
+def _source(options: FineTune, pipeline: Pipeline) -> Source:
+    unet, vae = pipeline["unet"], pipeline["vae"]
+    size = options.image_size
+    if size is None:
+        size = (unet.config.kept.get("sample_size") or 64) * vae.config.factor
+    if not isinstance(size, int) or size % vae.config.factor:
+        raise ValueError(f"image_size must be a multiple of {vae.config.factor}, got {size}")
+    if options.data.endswith(".tar"):
+        data = WebDataset(options.data, size)
+    else:
+        data = Folder(options.data, size, captions=True)
+    return Tokenized(data.source(), pipeline["tokenizer"], tokens="ids")
+
+
+def fine_tuning(pipeline: Pipeline, *, caption_dropout: float) -> FineTuning:
+    """The loss of a pipeline that was loaded, on images and the integers of their captions.
+
+    Raises:
+      ValueError: if caption_dropout is out of range, or the scheduler has no table of β.
+    """
+    unet, vae = pipeline["unet"], pipeline["vae"]
+    scheduler = pipeline["scheduler"]
+    shape = (1, 1, vae.config.latent_channels)
+    return FineTuning(
+        denoise_phase(unet, scheduler, shape),
+        EncodeTexts(pipeline["text_encoder"].module),
+        EncodeImage(vae.config, vae.module),
+        beta_schedule(scheduler),
+        tuple(int(i) for i in pipeline["tokenizer"]("").ids),
+        caption_dropout,
+    )
+
+
+def _claim(options: FineTune) -> None:
+    """Writes finetune.json, or refuses a directory of another run."""
+    values = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    path = options.workdir / "finetune.json"
+    if path.exists():
+        old = read_json(path)
+        free = (*_FREE, "workdir")
+        changed = sorted(n for n in values if n not in free and old.get(n) != values[n])
+        if changed:
+            raise ValueError(
+                f"{options.workdir} holds a run with other values of {', '.join(changed)}; choose "
+                "another --workdir, or run with the old values"
+            )
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def _params(options: FineTune, pipeline: Pipeline) -> Params:
+    """All parameters; those that are trained in float32."""
+    names = ("unet", "vae", "text_encoder")
+    params = {name: pipeline[name].params for name in names}
+    if options.rank:
+        key = jax.random.fold_in(jax.random.key(options.seed), 1)
+        targets = options.targets
+        params["lora"] = init_lora(key, params["unet"], rank=options.rank, targets=targets)
+    else:
+        params["unet"] = jax.tree.map(lambda a: a.astype(np.float32), params["unet"])
+    return params
+
+
+def _result(pipeline: Pipeline, params: Params) -> Pipeline:
+    """The pipeline with all parameters of the run; the training steps took over its own."""
+    networks = {name: pipeline[name] for name in ("unet", "vae", "text_encoder")}
+    trained = {name: params[name] for name in networks}
+    dtype = networks["unet"].module.param_dtype
+    if "lora" in params:
+        trained["unet"] = merge_lora(params["unet"], params["lora"])
+    trained["unet"] = jax.tree.map(lambda a: a.astype(dtype), trained["unet"])
+    return pipeline.replace(
+        **{name: part._replace(params=trained[name]) for name, part in networks.items()}
+    )
+
+
+def finetune(options: FineTune) -> Path:
+    """Trains as the options say, going on from the newest checkpoint.
+
+    Returns:
+      the folder that diffusers loads.
+
+    Raises:
+      ValueError: if pipeline, data, devices or directory do not fit.
+    """
+    _check(options)
+    pipeline = _pipeline(options)
+    source = _source(options, pipeline)
+    loss = fine_tuning(pipeline, caption_dropout=options.caption_dropout).build()
+    params = _params(options, pipeline)
+    _claim(options)
+    trained = ("lora/**",) if options.rank else ("unet/**",)
+    rate = options.learning_rate or (1e-4 if options.rank else 1e-5)
+    tx = Optimizer(name="adamw", learning_rate=rate, weight_decay=options.weight_decay).build()
+    ema = EMA(options.ema)
+    step = make_train_step(loss, tx, ema=ema, accumulate=options.accumulate)
+    data = batches(source, batch_size=options.batch_size, seed=options.seed, keys=("image", "ids"))
+    loggers = [StdoutLogger(), JSONLLogger(options.workdir / "metrics.jsonl")]
+
+    def on_eval(number: int, state: TrainState) -> None:
+        shown = _result(pipeline, state.ema_params)
+        images = shown(list(options.prompt), seed=options.seed, output_type="np").images
+        picture = image_grid(2.0 * images - 1.0, len(images))
+        for logger in loggers:
+            logger.image(number, "samples", picture)
+
+    try:
+        with Checkpoints(options.workdir / "checkpoints") as checkpointer:
+            state = fit(
+                TrainState.create(params, tx, trainable=trained),
+                mesh_train(step, make_mesh()),
+                data,
+                key=jax.random.key(options.seed),
+                config=LoopConfig(
+                    num_steps=options.num_steps,
+                    batch_size=options.batch_size,
+                    log_every=options.log_every,
+                    eval_every=options.eval_every or None,
+                    checkpoint_every=options.checkpoint_every,
+                ),
+                checkpointer=checkpointer,
+                loggers=loggers,
+                on_eval=on_eval if options.prompt else None,
+            )
+    finally:
+        for logger in loggers:
+            logger.close()
+    return _write(options, pipeline, jax.device_get(state.ema_params))
+
+
+def _write(options: FineTune, pipeline: Pipeline, params: Any) -> Path:
+    import shutil
+
+    if options.rank:
+        out = options.workdir / "lora"
+        base = pipeline["unet"]._replace(params=params["unet"])
+        save_lora(out, {"unet": params["lora"]}, {"unet": base})
+        return out
+    out = options.workdir / "pipeline"
+    # Of an earlier end of the same run.
+    shutil.rmtree(out, ignore_errors=True)
+    save_pretrained(_result(pipeline, params), out)
+    return out
