@@ -51,7 +51,7 @@ def _ddpm(o: Options) -> dict[str, Any]:
         "threshold": threshold_of(o),
         "learned_variance": learned,
         "sampler": DDPM(variance, noise_at_end=True),
-        "steps": TableSteps(**spacing_of(o), custom=True),
+        "steps": TableSteps(**spacing_of(o), custom=True, float32=True),
     }
 
 

@@ -9,9 +9,7 @@ import numpy as np
 from diffusion_jax.core.grid import Grid
 from diffusion_jax.core.schedules import (
     DiscreteSchedule,
-    Linear,
     NoiseSchedule,
-    ScaledLinear,
     ZeroTerminalSNR,
 )
 from diffusion_jax.core.spacings import beta_quantiles
@@ -23,6 +21,7 @@ from diffusion_jax.pretrained.schedulers.table_steps import (
     refuse,
     spaced_times,
 )
+from diffusion_jax.pretrained.schedulers.tables import alphas_cumprod32
 
 RESPACINGS = ("karras", "exponential", "beta", "lu", "log_linear")
 _RHO = 7.0
@@ -30,38 +29,9 @@ _RHO = 7.0
 LEAST_ALPHAS_CUMPROD = 2.0**-24
 
 
-# --- float32 tables, as the times that are rounded or cut depend on their last bits
-
-
-def _linspace32(start: float, end: float, count: int) -> np.ndarray:
-    start, end = np.float32(start), np.float32(end)
-    step = np.float64(np.float32((end - start) / np.float32(count - 1)))
-    index = np.arange(count)
-    up, down = np.float64(start) + step * index, np.float64(end) - step * (count - 1 - index)
-    return np.where(index < count // 2, up, down).astype(np.float32)
-
-
-def _cumprod32(betas: np.ndarray) -> np.ndarray:
-    return np.cumprod((np.float32(1.0) - betas).astype(np.float64)).astype(np.float32)
-
-
-def _betas32(schedule: DiscreteSchedule) -> np.ndarray:
-    total = schedule.num_timesteps
-    if isinstance(schedule, Linear):
-        return _linspace32(schedule.beta_start, schedule.beta_end, total)
-    if isinstance(schedule, ScaledLinear):
-        return _linspace32(schedule.beta_start**0.5, schedule.beta_end**0.5, total) ** 2
-    if isinstance(schedule, ZeroTerminalSNR):
-        root = np.sqrt(_cumprod32(_betas32(schedule.base)))
-        root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
-        squared = root**2
-        return 1 - np.concatenate([squared[:1], squared[1:] / squared[:-1]])
-    return schedule.betas().astype(np.float32)
-
-
 def ratios32(schedule: DiscreteSchedule) -> np.ndarray:
     """σ/α of every time [T] in float32, made in the order of operations that diffusers uses."""
-    alphas_cumprod = _cumprod32(_betas32(schedule))
+    alphas_cumprod = alphas_cumprod32(schedule)
     if isinstance(schedule, ZeroTerminalSNR):
         alphas_cumprod[-1] = np.float32(LEAST_ALPHAS_CUMPROD)
     return np.sqrt((np.float32(1.0) - alphas_cumprod) / alphas_cumprod)

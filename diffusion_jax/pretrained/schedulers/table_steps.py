@@ -14,8 +14,9 @@ import numpy as np
 
 from diffusion_jax.core.grid import Grid, check_num_steps, jumps
 from diffusion_jax.core.repaint_grid import single_step_jumps
-from diffusion_jax.core.schedules import NoiseSchedule
+from diffusion_jax.core.schedules import DiscreteSchedule, Linear, NoiseSchedule
 from diffusion_jax.core.types import Array, NoiseLevel
+from diffusion_jax.pretrained.schedulers.tables import alphas_cumprod32
 
 SPACINGS = ("linspace", "leading", "trailing")
 
@@ -148,6 +149,14 @@ def check_custom(times: np.ndarray, total: int) -> None:
 
 
 @dataclass(frozen=True)
+class _Tabulated(DiscreteSchedule):
+    base: DiscreteSchedule = Linear()
+
+    def alphas_cumprod(self) -> np.ndarray:
+        return alphas_cumprod32(self.base).astype(np.float64)
+
+
+@dataclass(frozen=True)
 class TableSteps:
     """Integer times of a discrete schedule, for schedulers that work on x itself.
 
@@ -159,6 +168,7 @@ class TableSteps:
       clean: a step that ends below time 0 ends at clean data; if not, at the table's first level.
       custom: the times may be given one by one.
       inverse: steps upwards, from t - ⌊T/N⌋ to t, where the network is told t.
+      float32: the levels are those of the table in float32, rounded as published.
     """
 
     spacing: str = "leading"
@@ -167,6 +177,7 @@ class TableSteps:
     clean: bool = True
     custom: bool = False
     inverse: bool = False
+    float32: bool = False
 
     def published(
         self,
@@ -197,6 +208,8 @@ class TableSteps:
 
     def grid(self, schedule, num_steps=None, *, max_steps=1000, **given) -> Grid:
         times = self.published(schedule, num_steps, **given).timesteps
+        if self.float32:
+            schedule = _Tabulated(schedule.num_timesteps, schedule)
         if self.end == "next":
             levels = schedule(times)
             final = schedule(np.asarray(0.0))._replace(alpha=np.asarray(1.0), sigma=np.asarray(0.0))
