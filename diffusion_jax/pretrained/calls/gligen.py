@@ -206,7 +206,7 @@ def _grounded(pipeline: Any, words: Mapping[str, Any]) -> Job:
     texts = texts_of(words, guided=not isinstance(guide, Unguided))
     count, channels = texts.num_images, vae.config.latent_channels
     encoding, batch = encode_texts(pipeline, words, texts)
-    size = size_of(words, unet, vae)
+    size = size_of(words, unet, vae.config.factor)
     boxes = _boxes(words)
     told = (_text_image_boxes if with_images else _text_boxes)(pipeline, words, len(boxes))
     told = {

@@ -104,7 +104,7 @@ def _inpainting(pipeline: Any, words: Mapping[str, Any]) -> Job:
     guide = Unguided() if is_distilled(unet) else guidance_of(words, scheduler)
     texts = texts_of(words, guided=not isinstance(guide, Unguided))
     count, channels = texts.num_images, vae.config.latent_channels
-    size = size_of(words, unet, vae)
+    size = size_of(words, unet, vae.config.factor)
     pixels = (size[0] * vae.config.factor, size[1] * vae.config.factor)
     shape = (*size, channels)
     told = unet.config.in_channels != channels

@@ -54,6 +54,7 @@ def images_of(
     name: str,
     *,
     size: tuple[int, int] | None = None,
+    multiple: int = 1,
     filter: str = "lanczos",
     signed: bool = False,
 ) -> Array:
@@ -64,6 +65,7 @@ def images_of(
         floats in [0, 1].
       name: of the word, for errors.
       size: height and width that PIL's pictures are resized to, and that arrays must have.
+      multiple: without a size, of what number PIL's pictures are resized to multiples of, down.
       filter: how, a name in PIL's Resampling.
       signed: floats lie in [-1, 1] instead.
 
@@ -72,7 +74,8 @@ def images_of(
     """
     found = []
     for each in _listed(value, name):
-        array = _array(each, name, "RGB", size, filter)
+        own = size_for(each, multiple) if size is None else size
+        array = _array(each, name, "RGB", own, filter)
         if array.dtype == np.uint8:
             array = array.astype(np.float32) / 127.5 - 1.0
         else:

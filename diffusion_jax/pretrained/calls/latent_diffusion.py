@@ -14,16 +14,17 @@ from diffusion_jax.pretrained.calls.base import (
     embeds_of,
     number,
     texts_of,
-    whole,
 )
-from diffusion_jax.pretrained.calls.images import images_of, size_for
-from diffusion_jax.pretrained.calls.stable_diffusion import SIZE, denoise_phase, noise_of
+from diffusion_jax.pretrained.calls.images import images_of
+from diffusion_jax.pretrained.calls.stable_diffusion import SIZE, denoise_phase, noise_of, size_of
 from diffusion_jax.systems.latent_diffusion import DecodeLatents, EncodeTexts
 
 # Tokens of BERT that the encoder was trained with, and what the latents are smaller by, whatever
 # tokenizer and autoencoder say.
 LENGTH = 77
 FACTOR = 8
+# What the sides of a picture are cut down to multiples of before it is made larger.
+MULTIPLE = 32
 
 
 def _text_to_image(pipeline: Any, words: Mapping[str, Any]) -> Job:
@@ -42,17 +43,7 @@ def _text_to_image(pipeline: Any, words: Mapping[str, Any]) -> Job:
             batch = {**batch, name: found.ids}
         elif words[embeds] is not None:
             batch = {**batch, tokens: embeds_of(words, embeds)}
-    trained = unet.config.kept["sample_size"]
-    trained = (trained, trained) if isinstance(trained, int) else tuple(trained)
-    size = []
-    for name, default in zip(("height", "width"), trained, strict=True):
-        pixels = default * FACTOR if words[name] is None else whole(words, name)
-        if pixels % FACTOR:
-            raise ValueError(
-                f"height and width must be multiples of {FACTOR}, got {name} = {pixels}"
-            )
-        size.append(pixels // FACTOR)
-    shape = (*size, unet.config.in_channels)
+    shape = (*size_of(words, unet, FACTOR), unet.config.in_channels)
     batch = {**batch, **noise_of(words, texts.num_images, shape)}
     phases = (
         EncodeTexts(encoder.module, component="bert"),
@@ -64,10 +55,11 @@ def _text_to_image(pipeline: Any, words: Mapping[str, Any]) -> Job:
 
 def _super_resolution(pipeline: Any, words: Mapping[str, Any]) -> Job:
     unet, vae, scheduler = pipeline["unet"], pipeline["vqvae"], pipeline["scheduler"]
-    size = size_for(words["image"], 32)
-    low_res = images_of(words["image"], "image", size=size, signed=True)
+    low_res = images_of(words["image"], "image", multiple=MULTIPLE, signed=True)
     count = len(low_res)
     shape = (*low_res.shape[1:3], unet.config.in_channels // 2)
+    if low_res.shape[-1] != shape[-1]:
+        raise ValueError(f"image must have {shape[-1]} channels, got {low_res.shape}")
     batch = {"channels": low_res, **noise_of(words, count, shape)}
     decode = DecodeLatents(vae.config, vae.module, component="vqvae", apply_scale=False)
     phases = (denoise_phase(unet, scheduler, shape), decode)

@@ -1,11 +1,12 @@
 """Calls of Stable Diffusion XL: texts to images."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.core.types import Batch
+from diffusion_jax.core.types import Array, Batch
 from diffusion_jax.data.tokenizers import check_prompts
 from diffusion_jax.guidance import Unguided
 from diffusion_jax.pretrained.calls.base import (
@@ -28,15 +29,33 @@ from diffusion_jax.pretrained.calls.stable_diffusion import (
     noise_of,
     size_of,
 )
+from diffusion_jax.pretrained.networks import Loaded
 from diffusion_jax.systems.latent_diffusion import DecodeLatents, EncodeTextsTwice
 
 _SIZES = ("original_size", "crops_coords_top_left", "target_size")
+_NEGATIVE_SIZES = tuple(f"negative_{name}" for name in _SIZES)
 _POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
-def _second(words: Mapping[str, Any], name: str, first: tuple[str, ...] | None, repeats: int):
-    """Texts for the second encoder: those of the word, or the first one's."""
-    if words[name] is None or first is None:
+def _check(words: Mapping[str, Any], zeros: bool) -> None:
+    """Refuses words that say nothing beside others, or without them."""
+    for text, embeds, pooled in (
+        ("prompt_2", "prompt_embeds", _POOLED[0]),
+        ("negative_prompt_2", "negative_prompt_embeds", _POOLED[1]),
+    ):
+        if words[text] is not None and words[embeds] is not None:
+            raise ValueError(f"give either {text} or {embeds}")
+        if (words[embeds] is None) != (words[pooled] is None):
+            raise ValueError(f"{embeds} and {pooled} belong together; give both")
+    if zeros and words["negative_prompt_2"] is not None:
+        raise ValueError("negative_prompt_2 needs a negative_prompt")
+
+
+def _second(
+    words: Mapping[str, Any], name: str, first: tuple[str, ...], repeats: int
+) -> tuple[str, ...]:
+    """Texts for the second encoder: those of the word, or the first one's where it is empty."""
+    if words[name] is None or (isinstance(words[name], str) and not words[name]):
         return first
     texts = check_prompts(words[name])
     count = len(first) // repeats
@@ -46,24 +65,42 @@ def _second(words: Mapping[str, Any], name: str, first: tuple[str, ...] | None, 
     return tuple(text for text in texts for _ in range(repeats))
 
 
+def _pooled(words: Mapping[str, Any], name: str, num_images: int) -> Array:
+    """Pooled embeddings of a call, repeated for every image."""
+    pooled = jnp.asarray(words[name])
+    repeats = whole(words, "num_images_per_prompt")
+    if pooled.ndim != 2 or len(pooled) * repeats != num_images:
+        raise ValueError(f"{name} must be one row for each prompt, got {pooled.shape}")
+    return jnp.repeat(pooled, repeats, axis=0)
+
+
+def _skip(words: Mapping[str, Any], encoders: Sequence[Loaded]) -> int:
+    """How many blocks more than the last one of each encoder are left out."""
+    skip = 0 if words["clip_skip"] is None else whole(words, "clip_skip", 0)
+    fewest = min(encoder.config.num_layers for encoder in encoders)
+    if skip >= fewest:
+        raise ValueError(f"clip_skip must lie in [0, {fewest}), got {skip}")
+    return skip
+
+
 def _encode(pipeline: Any, words: Mapping[str, Any], texts: Texts) -> tuple[tuple[Any, ...], Batch]:
     repeats = whole(words, "num_images_per_prompt")
     zeros = (
         bool(pipeline.options.get("force_zeros_for_empty_prompt", True))
         and words["negative_prompt"] is None
     )
+    _check(words, zeros)
     batch: dict[str, Any] = {}
     for null, first, second, embeds, pooled in (
         ("", texts.prompts, "prompt_2", "prompt_embeds", _POOLED[0]),
         ("null_", texts.negatives, "negative_prompt_2", "negative_prompt_embeds", _POOLED[1]),
     ):
         if null and first is not None and zeros:
-            if texts.prompts is None:
-                raise ValueError(
-                    "with prompt_embeds give negative_prompt_embeds and "
-                    "negative_pooled_prompt_embeds, or a negative_prompt"
-                )
-            batch["null_zeros"] = np.zeros(texts.num_images, np.float32)
+            if texts.prompts is not None:
+                batch["null_zeros"] = np.zeros(texts.num_images, np.float32)
+            else:
+                for name in ("tokens", "text_embedding"):
+                    batch[f"null_{name}"] = jnp.zeros_like(batch[name])
         elif first is not None:
             for name, given, tokenizer in (
                 ("ids", first, pipeline["tokenizer"]),
@@ -73,40 +110,37 @@ def _encode(pipeline: Any, words: Mapping[str, Any], texts: Texts) -> tuple[tupl
                     found = tokenizer(list(given), on_long_prompt=words["on_long_prompt"])
                     batch[f"{null}{name}"] = found.ids
         elif words[embeds] is not None:
-            if words[pooled] is None:
-                raise ValueError(f"{embeds} and {pooled} belong together; give both")
             batch[f"{null}tokens"] = embeds_of(words, embeds)
-            batch[f"{null}text_embedding"] = np.repeat(np.asarray(words[pooled]), repeats, axis=0)
+            batch[f"{null}text_embedding"] = _pooled(words, pooled, texts.num_images)
     names = [name for name in ("text_encoder", "text_encoder_2") if pipeline[name] is not None]
-    skip = 0 if words["clip_skip"] is None else whole(words, "clip_skip", 0)
-    modules = tuple(pipeline[name].module for name in names)
-    return (EncodeTextsTwice(modules, tuple(names), skip + 1),), batch
+    encoders = [pipeline[name] for name in names]
+    modules = tuple(encoder.module for encoder in encoders)
+    return (EncodeTextsTwice(modules, tuple(names), _skip(words, encoders) + 1),), batch
+
+
+def _pair(words: Mapping[str, Any], name: str, default: tuple[int, int]) -> np.ndarray:
+    pair = np.asarray(default if words[name] is None else words[name])
+    if pair.shape != (2,) or pair.dtype.kind not in "iuf" or not np.isfinite(pair).all():
+        raise ValueError(f"{name} must be two numbers of pixels, got {words[name]!r}")
+    return pair
 
 
 def _sizes(words: Mapping[str, Any], size: tuple[int, int], count: int, guided: bool) -> Batch:
     """What the network is told of sizes and crops, [B, 6] numbers of pixels."""
-    found = {}
-    defaults = (size, (0, 0), size)
-    values = [
-        default if words[name] is None else tuple(words[name])
-        for name, default in zip(_SIZES, defaults, strict=True)
-    ]
-    found["sizes"] = values
-    negatives = [words[f"negative_{name}"] for name in _SIZES]
-    if guided and negatives[0] is not None and negatives[2] is not None:
-        negatives[1] = (0, 0) if negatives[1] is None else negatives[1]
-        found["null_sizes"] = [tuple(each) for each in negatives]
-    elif guided:
-        if any(each is not None for each in negatives):
+    defaults = zip(_SIZES, (size, (0, 0), size), strict=True)
+    found = {"sizes": [_pair(words, name, default) for name, default in defaults]}
+    if guided:
+        given = [words[name] is not None for name in _NEGATIVE_SIZES]
+        if any(given) and not (given[0] and given[2]):
             raise ValueError(
                 "negative_original_size and negative_target_size belong together; give both"
             )
-        found["null_sizes"] = values
-    for name, pairs in found.items():
-        if any(len(pair) != 2 for pair in pairs):
-            raise ValueError(f"{', '.join(_SIZES)} must be pairs of pixels, got {pairs}")
-        found[name] = np.tile(np.asarray(pairs, np.float32).reshape(1, -1), (count, 1))
-    return found
+        negatives = [_pair(words, name, (0, 0)) for name in _NEGATIVE_SIZES]
+        found["null_sizes"] = negatives if any(given) else found["sizes"]
+    return {
+        name: np.tile(np.concatenate(pairs).astype(np.float32), (count, 1))
+        for name, pairs in found.items()
+    }
 
 
 def _text_to_image(pipeline: Any, words: Mapping[str, Any]) -> Job:
@@ -115,7 +149,7 @@ def _text_to_image(pipeline: Any, words: Mapping[str, Any]) -> Job:
     guided = not isinstance(guide, Unguided)
     texts = texts_of(words, guided=guided)
     encoding, batch = _encode(pipeline, words, texts)
-    size = size_of(words, unet, vae)
+    size = size_of(words, unet, vae.config.factor)
     shape = (*size, vae.config.latent_channels)
     pixels = (size[0] * vae.config.factor, size[1] * vae.config.factor)
     batch = {
@@ -138,8 +172,7 @@ TEXT_TO_IMAGE = Task(
         **PROMPTS,
         **STEPS,
         **SIZE,
-        **dict.fromkeys(("prompt_2", "negative_prompt_2", *_POOLED, *_SIZES)),
-        **dict.fromkeys(f"negative_{name}" for name in _SIZES),
+        **dict.fromkeys(("prompt_2", "negative_prompt_2", *_POOLED, *_SIZES, *_NEGATIVE_SIZES)),
         "guidance_scale": 5.0,
         "guidance_rescale": 0.0,
         "latents": None,

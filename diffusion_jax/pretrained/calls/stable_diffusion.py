@@ -29,13 +29,13 @@ GUIDANCE: Mapping[str, Any] = {"guidance_scale": 7.5, "guidance_rescale": 0.0}
 SIZE: Mapping[str, Any] = {"height": None, "width": None}
 
 
-def size_of(words: Mapping[str, Any], unet: Loaded, vae: Loaded) -> tuple[int, int]:
+def size_of(words: Mapping[str, Any], unet: Loaded, factor: int) -> tuple[int, int]:
     """Height and width of the latents; those of training where the call says nothing.
 
     Raises:
-      ValueError: if they are no multiples of what the autoencoder divides them by.
+      ValueError: if they are no multiples of the factor that the autoencoder divides them by.
     """
-    factor, found = vae.config.factor, []
+    found = []
     trained = unet.config.kept.get("sample_size") or 64
     trained = (trained, trained) if isinstance(trained, int) else tuple(trained)
     for name, default in zip(("height", "width"), trained, strict=True):
@@ -125,7 +125,7 @@ def _text_to_image(pipeline: Any, words: Mapping[str, Any]) -> Job:
     guide = Unguided() if is_distilled(unet) else guidance_of(words, scheduler)
     texts = texts_of(words, guided=not isinstance(guide, Unguided))
     encoding, batch = encode_texts(pipeline, words, texts)
-    shape = (*size_of(words, unet, vae), vae.config.latent_channels)
+    shape = (*size_of(words, unet, vae.config.factor), vae.config.latent_channels)
     batch = {
         **batch,
         **noise_of(words, texts.num_images, shape),

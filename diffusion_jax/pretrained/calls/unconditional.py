@@ -1,5 +1,6 @@
 """Calls of models that are told nothing but the time: DDPM, DDIM, PNDM; and of labels: DiT."""
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,9 @@ from diffusion_jax.systems.pixel import ToImages
 
 
 def _size(unet: Any) -> tuple[int, int]:
-    size = unet.config.kept["sample_size"]
+    size = unet.config.kept.get("sample_size")
+    if size is None:
+        raise ValueError("the network's configuration has no sample_size, the size of an image")
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
@@ -24,13 +27,28 @@ def _unconditional(pipeline: Any, words: Mapping[str, Any]) -> Job:
     return Job((draw, ToImages()), noise_of(words, count, shape), controls, count)
 
 
-def labels_of(words: Mapping[str, Any], num_classes: int) -> np.ndarray:
+def labels_of(words: Mapping[str, Any], num_classes: int, names: Mapping[str, str]) -> np.ndarray:
     """The class labels of a call, [B].
+
+    Args:
+      words: with class_labels, numbers or names of classes.
+      num_classes: numbers lie below it.
+      names: "2" -> "great white shark, white shark", the names of each class.
 
     Raises:
       ValueError: if there is none, or one is no class.
     """
     labels = np.atleast_1d(np.asarray(words["class_labels"]))
+    if labels.dtype.kind == "U":
+        known = {each.strip(): int(i) for i, text in names.items() for each in text.split(",")}
+        if unknown := sorted(set(labels.ravel().tolist()) - set(known)):
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"class_labels must be numbers or among {len(known)} names of classes, got "
+                f"{unknown}{hint}"
+            )
+        labels = np.asarray([known[each] for each in labels.ravel()])
     integers = labels.ndim == 1 and labels.size and labels.dtype.kind in "iu"
     if not integers or labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(
@@ -43,20 +61,11 @@ def labels_of(words: Mapping[str, Any], num_classes: int) -> np.ndarray:
 def _label_to_image(pipeline: Any, words: Mapping[str, Any]) -> Job:
     dit, vae, scheduler = pipeline["transformer"], pipeline["vae"], pipeline["scheduler"]
     config = dit.config
-    labels = labels_of(words, config.num_classes)
+    names = pipeline.options.get("id2label") or {}
+    labels = labels_of(words, config.num_classes, names)
     size = config.network.base_size * config.network.patch_size
     shape = (size, size, config.in_channels)
-    # As published, samplers see no learned variance of a DiT.
-    doubled = config.network.out_channels == 2 * config.in_channels
-    draw = denoise_phase(
-        dit,
-        scheduler,
-        shape,
-        component="transformer",
-        typed=False,
-        learned_variance=None,
-        drop_variance=doubled,
-    )
+    draw = denoise_phase(dit, scheduler, shape, component="transformer", typed=False)
     guide = guidance_of(words, scheduler)
     batch = {"label": labels, **noise_of(words, len(labels), shape)}
     controls = {"denoise": control_of(scheduler, words, guide)}

@@ -25,16 +25,27 @@ from diffusion_jax.systems.super_resolution import DenoiseNoised, NoiseLowRes
 MAX_NOISE_LEVEL = 350
 
 
+def _noise_level(pipeline: Any, words: Mapping[str, Any]) -> int:
+    level = whole(words, "noise_level", 0)
+    told = pipeline["unet"].config.conditioners.values()
+    most = min(
+        pipeline.options.get("max_noise_level", MAX_NOISE_LEVEL),
+        pipeline["low_res_scheduler"].schedule.num_timesteps - 1,
+        *(options["num_classes"] - 1 for kind, options in told if kind == "label"),
+    )
+    if level > most:
+        raise ValueError(f"noise_level must lie in [0, {most}], got {level}")
+    return level
+
+
 def _upscale(pipeline: Any, words: Mapping[str, Any]) -> Job:
     unet, vae, scheduler = pipeline["unet"], pipeline["vae"], pipeline["scheduler"]
     guide = guidance_of(words, scheduler)
     texts = texts_of(words, guided=not isinstance(guide, Unguided))
     count = texts.num_images
-    low_res = for_each_image(images_of(words["image"], "image"), count, "image")
-    most = pipeline.options.get("max_noise_level", MAX_NOISE_LEVEL)
-    level = whole(words, "noise_level", 0)
-    if level > most:
-        raise ValueError(f"noise_level must lie in [0, {most}], got {level}")
+    low_res = images_of(words["image"], "image", multiple=vae.config.factor, filter="bicubic")
+    low_res = for_each_image(low_res, count, "image")
+    level = _noise_level(pipeline, words)
     shape = (*low_res.shape[1:3], vae.config.latent_channels)
     if shape[-1] + low_res.shape[-1] != unet.config.in_channels:
         raise ValueError(
