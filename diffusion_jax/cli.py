@@ -30,6 +30,8 @@ USAGE = f"""usage: diffusion-jax COMMAND …
   bench schedules [FILE.py] [--tiny]    compare schedules, grids and samplers on an exact denoiser,
                                         or trained runs with --run DIR …
   bench order                           measure the order of convergence of every sampler
+  toy FOLDER                            a small pipeline with random weights, and pictures, a mask
+                                        and a layout to try the commands with
   data prepare SET                      make digits, mnist or cifar10 ready for training
   convert FILE … OUT                    write the pickled weights of torch as safetensors; the
                                         only command that needs torch
@@ -410,6 +412,10 @@ def parse(arguments: Sequence[str]) -> Any:
         from diffusion_jax.commands.sample_model import SampleModel
 
         return tyro.cli(SampleModel, args=rest, prog="diffusion-jax sample")
+    if command == "toy":
+        from diffusion_jax.commands.toy import Toy
+
+        return tyro.cli(Toy, args=rest, prog="diffusion-jax toy")
     if command == "finetune":
         from diffusion_jax.commands.finetune import FineTune
 
@@ -417,7 +423,7 @@ def parse(arguments: Sequence[str]) -> Any:
     if command in PLAIN_COMMANDS:
         return tyro.cli(PLAIN_COMMANDS[command], args=rest, prog=f"diffusion-jax {command}")
     if command not in COMMANDS:
-        known = [*COMMANDS, *PLAIN_COMMANDS, "finetune", "bench", "data"]
+        known = [*COMMANDS, *PLAIN_COMMANDS, "finetune", "toy", "bench", "data"]
         raise ValueError(f"unknown command {command!r}; there are {known}")
     defaults: dict[str, Any] = {}
     if command == "demo":

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from diffusion_jax.cli import main
 from diffusion_jax.data.tokenizers import from_folder
 from diffusion_jax.pretrained import (
     COMPONENTS,
@@ -24,6 +26,7 @@ from diffusion_jax.pretrained.hub import is_repository
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MARKED = re.compile(r"^<!-- run -->\n```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+SHELL = re.compile(r"^<!-- run -->\n```\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PAGES = [page for page in sorted(DOCS.glob("*.md")) if "<!-- run -->" in page.read_text("utf-8")]
 ROW = re.compile(r"^\| `([\w.]+)` \|", re.MULTILINE)
 FROM_ORIGINAL = re.compile(r"""from_original\(\s*"([^"]+)",\s*"([^"]+)\"""")
@@ -112,6 +115,23 @@ def test_marked_code_runs(page, names, tmp_path, monkeypatch):
         line = text.count("\n", 0, match.start(1))
         exec(compile("\n" * line + match[1], str(page), "exec"), scope)  # noqa: S102
     assert len(MARKED.findall(text)) == text.count("<!-- run -->")
+
+
+@pytest.mark.slow
+def test_the_first_hour_makes_the_pictures_that_it_shows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (DOCS.parent / "README.md").read_text("utf-8")
+    lines = [line for block in SHELL.findall(text) for line in block.splitlines()]
+    assert len(lines) > 5
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "diffusion-jax"
+        assert main(arguments) == 0, line
+    shown = re.findall(r"^\| `(runs/\S+\.png)`.*\((docs/pictures/\S+)\)", text, re.MULTILINE)
+    assert len(shown) > 3
+    for made, kept in shown:
+        assert (tmp_path / made).is_file()
+        assert (DOCS.parent / kept).is_file()
 
 
 def test_the_table_of_checkpoints_names_what_there_is():

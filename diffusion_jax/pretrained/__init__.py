@@ -10,6 +10,7 @@ from diffusion_jax.pretrained.pipelines import Pipeline
 from diffusion_jax.pretrained.published import PUBLISHED, Published
 from diffusion_jax.pretrained.runs import Trained
 from diffusion_jax.pretrained.schedulers import Scheduler, from_config, to_config
+from diffusion_jax.pretrained.toy import toy_pipeline
 
 __all__ = [
     "COMPONENTS",
@@ -31,5 +32,6 @@ __all__ = [
     "save_original",
     "save_pretrained",
     "to_config",
+    "toy_pipeline",
     "with_lora",
 ]
