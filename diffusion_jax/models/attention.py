@@ -16,7 +16,10 @@ from diffusion_jax.models.inputs import at_least_one
 Implementation = Literal["plain", "tiled", "xla", "cudnn"]
 
 # Above this size of all logits, writing them to memory costs a CPU more than a loop does.
-TILE_ABOVE_BYTES = 32 * 2**20
+TILE_ABOVE_BYTES = 16 * 2**20
+# Logits of a tile at most. Allocators return larger blocks to the system and get their pages anew
+# in every call, which takes a CPU longer than the products.
+TILE_BYTES = 8 * 2**20
 
 
 def _choose(q: Array, k: Array, mask: Array | None) -> Implementation:
@@ -24,7 +27,7 @@ def _choose(q: Array, k: Array, mask: Array | None) -> Implementation:
     if backend == "cpu":
         batch, queries, heads, _ = q.shape
         logit_bytes = 4 * batch * heads * queries * k.shape[1]
-        return "tiled" if logit_bytes > TILE_ABOVE_BYTES and batch * heads > 1 else "plain"
+        return "tiled" if logit_bytes > TILE_ABOVE_BYTES else "plain"
     if backend == "gpu" and mask is None and _fits_cudnn(q, k):
         return "cudnn"
     return "xla"
@@ -59,25 +62,40 @@ def _plain(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
 
 
 def _tiled(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    """One head of one example at a time, so that its logits stay in the cache."""
-    batch, _, heads, _ = q.shape
+    """Some queries of one head of one example at a time, so that their logits stay in the cache."""
+    batch, queries, heads, _ = q.shape
+    tiles = -(-queries * k.shape[1] * 4 // TILE_BYTES)
+    rows = -(-queries // tiles)
+    tiles = -(-queries // rows)
+    # What fills up the last tile is cut off in the end.
+    filled = (0, tiles * rows - queries)
     masks = None if mask is None else jnp.asarray(mask)
+    masks_queries = masks is not None and masks.shape[2] > 1
+    if masks_queries:
+        masks = jnp.pad(masks, ((0, 0), (0, 0), filled, (0, 0)), constant_values=True)
 
     def flat(a):
         return jnp.swapaxes(a, 1, 2).reshape((batch * heads,) + (a.shape[1], a.shape[3]))
 
-    # Recomputed in the backward pass: stored logits are what tiling avoids.
-    @jax.checkpoint
-    def one(args):
+    def head(args):
         index, q_i, k_i, v_i = args
         mask_i = None
         if masks is not None:
             example = index // heads if masks.shape[0] > 1 else 0
-            head = index % heads if masks.shape[1] > 1 else 0
-            mask_i = masks[example, head]
-        return _one_head(q_i, k_i, v_i, mask_i)
+            mask_i = masks[example, index % heads if masks.shape[1] > 1 else 0]
 
-    out = jax.lax.map(one, (jnp.arange(batch * heads), flat(q), flat(k), flat(v)))
+        # Recomputed in the backward pass: stored logits are what tiling avoids.
+        @jax.checkpoint
+        def tile(begin):
+            q_t = jax.lax.dynamic_slice_in_dim(q_i, begin, rows)
+            mask_t = jax.lax.dynamic_slice_in_dim(mask_i, begin, rows) if masks_queries else mask_i
+            return _one_head(q_t, k_i, v_i, mask_t)
+
+        out = jax.lax.map(tile, rows * jnp.arange(tiles))
+        return out.reshape(tiles * rows, -1)[:queries]
+
+    padded = jnp.pad(flat(q), ((0, 0), filled, (0, 0)))
+    out = jax.lax.map(head, (jnp.arange(batch * heads), padded, flat(k), flat(v)))
     return jnp.swapaxes(out.reshape((batch, heads) + out.shape[1:]), 1, 2)
 
 
@@ -97,8 +115,8 @@ def dot_product_attention(
       v: [B, M, H, D] values.
       mask: bool, broadcastable to [B, H, N, M] and of that rank; True where a query may
         attend to a key. Every query must be allowed at least one key.
-      implementation: "plain" holds all logits, "tiled" those of one head of one example,
-        "xla" and "cudnn" are JAX's own. None picks by platform and size. All agree to
+      implementation: "plain" holds all logits, "tiled" at most 8 MiB of those of one head of one
+        example (but one row at least), "xla" and "cudnn" are JAX's own. None picks by platform and size. All agree to
         rounding.
 
     Returns:

@@ -55,7 +55,24 @@ def test_every_implementation_is_the_formula(implementation, mask):
     np.testing.assert_allclose(ours, formula(q, k, v, mask), atol=2e-6)
 
 
-def test_gradients_of_the_tiled_form_are_those_of_the_plain_form():
+# Of three queries to five keys: two and one, one after the other, and one even if it is too much.
+TILES = (2 * 4 * M, 4 * M, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("tile_bytes", TILES)
+def test_tiles_of_some_queries_are_the_formula(tile_bytes, mask, monkeypatch):
+    monkeypatch.setattr(attention_module, "TILE_BYTES", tile_bytes)
+    q, k, v = qkv()
+    ours = dot_product_attention(q, k, v, mask=mask, implementation="tiled")
+    np.testing.assert_allclose(ours, formula(q, k, v, mask), atol=2e-6)
+
+
+@pytest.mark.parametrize("tile_bytes", (2 * 4 * M, attention_module.TILE_BYTES))
+def test_gradients_of_the_tiled_form_are_those_of_the_plain_form(tile_bytes, monkeypatch):
+    monkeypatch.setattr(attention_module, "TILE_BYTES", tile_bytes)
+
     def loss(args, implementation):
         out = dot_product_attention(*args, mask=MASKS["keys"], implementation=implementation)
         return (out * normal(4, B, N, H, D)).sum()
