@@ -1,8 +1,10 @@
 """finetune: goes on training a released text-to-image pipeline, whole or by LoRA."""
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import numpy as np
 
 from diffusion_jax.core.lora import ATTENTION, init_lora, merge_lora
 from diffusion_jax.core.types import Params
-from diffusion_jax.data.pipeline import Folder, WebDataset, batches
+from diffusion_jax.data.cache import precompute
+from diffusion_jax.data.pipeline import TFDS, Cached, Folder, WebDataset, batches
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.text import Tokenized
 from diffusion_jax.data.transforms import image_grid
@@ -31,6 +34,8 @@ from diffusion_jax.training.parallel import make_mesh, mesh_train
 from diffusion_jax.training.state import TrainState
 from diffusion_jax.training.step import make_train_step
 
+_CACHE_BATCH = 16
+_PROBE = "a cat"
 # Options that may change where a run is gone on with.
 _FREE = ("num_steps", "log_every", "eval_every", "checkpoint_every", "prompt")
 
@@ -45,8 +50,12 @@ class FineTune:
 
     Attributes:
       model: folder or hub id of the pipeline.
-      data: folder of pictures with captions (NAME.txt, captions.json or metadata.jsonl), or a
-        pattern of webdataset's shards, "set/*.tar".
+      data: folder of pictures with captions (NAME.txt, captions.json or metadata.jsonl), a
+        pattern of webdataset's shards, "set/*.tar", or "tfds:NAME", a prepared array_record set of
+        tensorflow-datasets with the features image and caption.
+      data_dir: folder of prepared sets of tensorflow-datasets; its own default if not given.
+      cache: folder for the latents and the text embeddings of all pictures, which are computed
+        once, before training, and not in every step. Same data, model and size go on with it.
       workdir: where everything goes.
       rank: of the LoRA; 0 trains the whole UNet.
       targets: globs of the kernels that the LoRA adapts.
@@ -67,6 +76,8 @@ class FineTune:
     model: str
     data: str
     workdir: Path
+    data_dir: str | None = None
+    cache: Path | None = None
     rank: int = 4
     targets: tuple[str, ...] = ATTENTION
     image_size: int | None = None
@@ -127,11 +138,64 @@ def _source(options: FineTune, pipeline: Pipeline) -> Source:
         size = (unet.config.kept.get("sample_size") or 64) * vae.config.factor
     if not isinstance(size, int) or size % vae.config.factor:
         raise ValueError(f"image_size must be a multiple of {vae.config.factor}, got {size}")
-    if options.data.endswith(".tar"):
+    if options.data.startswith("tfds:"):
+        data = TFDS(options.data.removeprefix("tfds:"), size, data_dir=options.data_dir)
+    elif options.data.endswith(".tar"):
         data = WebDataset(options.data, size)
     else:
         data = Folder(options.data, size, captions=True)
-    return Tokenized(data.source(), pipeline["tokenizer"], tokens="ids")
+    source = Tokenized(data.source(), pipeline["tokenizer"], tokens="ids")
+    if options.cache is None:
+        return source
+    _fill(options, options.cache, source, pipeline, size)
+    return Cached(str(options.cache)).source()
+
+
+def _digest(params: Params) -> str:
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        found.update(jax.tree_util.keystr(path).encode())
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()
+
+
+def _files(data: str) -> str:
+    """A digest of the names, sizes and times of the files that a set consists of."""
+    if data.startswith("tfds:"):
+        return data
+    found = sorted(Path(data).rglob("*")) if Path(data).is_dir() else map(Path, sorted(glob(data)))
+    about = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+    return hashlib.sha256(repr(about).encode()).hexdigest()
+
+
+def _fill(options: FineTune, folder: Path, source: Source, pipeline: Pipeline, size: int) -> None:
+    """Computes what is missing in the cache: posteriors of latents, and tokens of captions."""
+    if not hasattr(pipeline["vae"].module, "moments"):
+        raise ValueError("--cache keeps posteriors, which this autoencoder lacks; leave it out")
+    vae, encoder = pipeline["vae"], pipeline["text_encoder"]
+    texts = EncodeTexts(encoder.module)
+    params = jax.device_put({"vae": vae.params, "text_encoder": encoder.params})
+
+    @jax.jit
+    def encode(params: Any, image: Any, ids: Any) -> dict[str, Any]:
+        posterior = vae.module.apply({"params": params["vae"]}, image, method="encode")
+        tokens = texts(params, {"ids": ids}, jax.numpy.zeros(0))["tokens"]
+        return {"image_mean": posterior.mean, "image_std": posterior.std, "tokens": tokens}
+
+    about = {
+        "data": _files(options.data),
+        "image_size": size,
+        "weights": _digest({"vae": vae.params, "text_encoder": encoder.params}),
+        "tokenizer": pipeline["tokenizer"](_PROBE).ids.tolist(),
+        "dtype": str(options.dtype),
+    }
+    precompute(
+        source,
+        lambda batch: encode(params, batch["image"], batch["ids"]),
+        folder,
+        description=json.dumps(about, sort_keys=True),
+        batch_size=min(_CACHE_BATCH, len(source)),
+    )
 
 
 def fine_tuning(pipeline: Pipeline, *, caption_dropout: float) -> FineTuning:
@@ -172,7 +236,8 @@ def _claim(options: FineTune) -> None:
 
 def _params(options: FineTune, pipeline: Pipeline) -> Params:
     """All parameters; those that are trained in float32."""
-    names = ("unet", "vae", "text_encoder")
+    # A cache has all that the autoencoder says; the text encoder still encodes the empty caption.
+    names = ("unet", "text_encoder") if options.cache else ("unet", "vae", "text_encoder")
     params = {name: pipeline[name].params for name in names}
     if options.rank:
         key = jax.random.fold_in(jax.random.key(options.seed), 1)
@@ -186,7 +251,7 @@ def _params(options: FineTune, pipeline: Pipeline) -> Params:
 def _result(pipeline: Pipeline, params: Params) -> Pipeline:
     """The pipeline with all parameters of the run; the training steps took over its own."""
     networks = {name: pipeline[name] for name in ("unet", "vae", "text_encoder")}
-    trained = {name: params[name] for name in networks}
+    trained = {name: params.get(name, part.params) for name, part in networks.items()}
     dtype = networks["unet"].module.param_dtype
     if "lora" in params:
         trained["unet"] = merge_lora(params["unet"], params["lora"])
@@ -216,7 +281,8 @@ def finetune(options: FineTune) -> Path:
     tx = Optimizer(name="adamw", learning_rate=rate, weight_decay=options.weight_decay).build()
     ema = EMA(options.ema)
     step = make_train_step(loss, tx, ema=ema, accumulate=options.accumulate)
-    data = batches(source, batch_size=options.batch_size, seed=options.seed, keys=("image", "ids"))
+    keys = ("image_mean", "image_std", "tokens") if options.cache else ("image", "ids")
+    data = batches(source, batch_size=options.batch_size, seed=options.seed, keys=keys)
     loggers = [StdoutLogger(), JSONLLogger(options.workdir / "metrics.jsonl")]
 
     def on_eval(number: int, state: TrainState) -> None:

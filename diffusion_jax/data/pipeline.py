@@ -148,7 +148,7 @@ class WebDataset:
 
 @dataclasses.dataclass(frozen=True)
 class TFDS:
-    """A prepared array_record set of TFDS with a feature `image`, and maybe a class `label`.
+    """A prepared array_record set of TFDS with an `image`, maybe a class `label` or a `caption`.
 
     Attributes:
       name: such as "cifar10", "mnist" or "set/config:version".
@@ -156,7 +156,8 @@ class TFDS:
       split: a TFDS split such as "train" or "train[:90%]".
       channels: 3 for RGB, 1 for grey.
       data_dir: folder of prepared sets; None for TFDS's default.
-      in_memory: decode everything once and keep it as bytes; CIFAR-10 takes 150 MB.
+      in_memory: decode everything once and keep it as bytes; CIFAR-10 takes 150 MB. Not for
+        captions.
     """
 
     name: str
@@ -174,12 +175,14 @@ class TFDS:
         return num_classes(open_prepared(self.name, self.data_dir))
 
     def source(self) -> Source:
-        """Examples of image [S, S, C], and label [] if there is one."""
+        """Examples of image [S, S, C], and label [] and the string caption if there are."""
         from diffusion_jax.data.tfds_source import EncodedSource, SquareSource, open_prepared
 
         builder = open_prepared(self.name, self.data_dir)
         encoded = EncodedSource(builder, self.split, self.channels)
         if self.in_memory:
+            if "caption" in encoded[0]:
+                raise ValueError(f"{self.name} has captions, which in_memory does not keep")
             encoded = Arrays(take(encoded, len(encoded)))
         return SquareSource(encoded, self.image_size)
 

@@ -52,7 +52,7 @@ def num_classes(builder: Any) -> int | None:
 
 
 class EncodedSource:
-    """Random access to a split: image [H, W, C] uint8 as stored, and label if there is one."""
+    """Random access to a split: image [H, W, C] uint8 as stored, label and caption if there are."""
 
     def __init__(self, builder: Any, split: str, channels: int):
         import tensorflow_datasets as tfds
@@ -60,6 +60,9 @@ class EncodedSource:
         self._name = f"{builder.info.full_name}, split {split!r}"
         self._channels = channels
         self._has_label = num_classes(builder) is not None
+        features = builder.info.features
+        text = tfds.features.Text
+        self._has_caption = "caption" in features and isinstance(features["caption"], text)
         # Decoded here rather than by TFDS, which would ask for OpenCV and not name a bad record.
         skip = {"image": tfds.decode.SkipDecoding()}
         self._records = builder.as_data_source(split, decoders=skip)
@@ -70,13 +73,20 @@ class EncodedSource:
     def __repr__(self) -> str:
         return f"EncodedSource({self._name}, {len(self)} examples)"
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._records[index]
         name = f"record {index} of {self._name}"
-        example = {"image": decode_image(io.BytesIO(record["image"]), self._channels, name=name)}
+        image = decode_image(io.BytesIO(record["image"]), self._channels, name=name)
+        example: dict[str, Any] = {"image": image}
         if self._has_label:
             example["label"] = np.int32(record["label"])
+        if self._has_caption:
+            example["caption"] = _text(record["caption"])
         return example
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 class SquareSource:

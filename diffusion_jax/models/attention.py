@@ -14,9 +14,10 @@ from diffusion_jax.models.blocks import GroupNorm, default_init, zeros_init
 from diffusion_jax.models.inputs import at_least_one
 
 Implementation = Literal["plain", "tiled", "xla", "cudnn"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("plain", "tiled", "xla", "cudnn")
 
 # Above this size of all logits, writing them to memory costs a CPU more than a loop does.
-TILE_ABOVE_BYTES = 16 * 2**20
+TILE_ABOVE_BYTES = 32 * 2**20
 # Logits of a tile at most. Allocators return larger blocks to the system and get their pages anew
 # in every call, which takes a CPU longer than the products.
 TILE_BYTES = 8 * 2**20
@@ -116,8 +117,8 @@ def dot_product_attention(
       mask: bool, broadcastable to [B, H, N, M] and of that rank; True where a query may
         attend to a key. Every query must be allowed at least one key.
       implementation: "plain" holds all logits, "tiled" at most 8 MiB of those of one head of one
-        example (but one row at least), "xla" and "cudnn" are JAX's own. None picks by platform and size. All agree to
-        rounding.
+        example (but one row at least), "xla" and "cudnn" are JAX's own. None picks by platform
+        and size. All agree to rounding.
 
     Returns:
       [B, N, H, D] of v's dtype.
@@ -133,11 +134,17 @@ def dot_product_attention(
         return _plain(q, k, v, mask)
     if implementation == "tiled":
         return _tiled(q, k, v, mask)
-    if implementation in ("xla", "cudnn"):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
-    raise ValueError(
-        f"implementation must be plain, tiled, xla, cudnn or None, got {implementation!r}"
-    )
+    check_implementation(implementation)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Raises ValueError unless it is None or one of IMPLEMENTATIONS."""
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f"implementation must be one of {', '.join(IMPLEMENTATIONS)} or None, "
+            f"got {implementation!r}"
+        )
 
 
 def _check_shapes(q: Array, k: Array, v: Array, mask: Array | None) -> None:
@@ -167,6 +174,7 @@ class Attention(nn.Module):
       out_features: width of the result; None for that of the tokens.
       head_dim: width of a head; None for the width of the tokens / num_heads.
       qkv_bias: biases of the projections to queries, keys and values.
+      implementation: see `dot_product_attention`.
       dtype: dtype of activations.
       param_dtype: dtype of the parameters.
 
@@ -178,6 +186,7 @@ class Attention(nn.Module):
     out_features: int | None = None
     head_dim: int | None = None
     qkv_bias: bool = True
+    implementation: Implementation | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -216,7 +225,8 @@ class Attention(nn.Module):
             return h.reshape(h.shape[:2] + (self.num_heads, head_dim))
 
         q, k, v = heads("query", x), heads("key", context), heads("value", context)
-        h = dot_product_attention(q, k, v, mask=mask).reshape((*x.shape[:2], inner))
+        h = dot_product_attention(q, k, v, mask=mask, implementation=self.implementation)
+        h = h.reshape((*x.shape[:2], inner))
         features = self.out_features or width
         return nn.Dense(features, kernel_init=self.out_init, name="out", **options)(h)
 
@@ -260,6 +270,7 @@ class AttentionBlock(nn.Module):
       norm: class of the norm, which takes the arguments of a `GroupNorm`; None for no norm.
       head_dim: width of a head; None for the number of channels / num_heads.
       out_scale: what the sum with the pixels is divided by.
+      implementation: of the attention, see `dot_product_attention`.
       dtype: dtype of activations.
       param_dtype: dtype of the parameters.
 
@@ -273,6 +284,7 @@ class AttentionBlock(nn.Module):
     norm: Callable[..., nn.Module] | None = GroupNorm
     head_dim: int | None = None
     out_scale: float = 1.0
+    implementation: Implementation | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -295,7 +307,12 @@ class AttentionBlock(nn.Module):
             h = self.norm(self.norm_groups, self.norm_eps, name="norm", **options)(x, *told)
         h = h.reshape(batch, height * width, channels)
         attention = Attention(
-            self.num_heads, zeros_init, head_dim=self.head_dim, name="attention", **options
+            self.num_heads,
+            zeros_init,
+            head_dim=self.head_dim,
+            implementation=self.implementation,
+            name="attention",
+            **options,
         )
         h = x + attention(h).reshape(x.shape)
         return h if self.out_scale == 1.0 else h / self.out_scale

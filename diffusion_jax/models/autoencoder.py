@@ -9,7 +9,11 @@ import jax.numpy as jnp
 
 from diffusion_jax.core.arrays import per_image_normal
 from diffusion_jax.core.types import Array, Key
-from diffusion_jax.models.attention import AttentionBlock
+from diffusion_jax.models.attention import (
+    AttentionBlock,
+    Implementation,
+    check_implementation,
+)
 from diffusion_jax.models.blocks import (
     ACTIVATIONS,
     Downsample,
@@ -68,6 +72,7 @@ class AutoencoderConfig:
       scaling_factor: the diffusion sees latents · scaling_factor.
       sample_size: height and width of the training images in pixels.
       force_upcast: compute in float32 where float16 is asked for, as some weights overflow.
+      attention_implementation: see `dot_product_attention`; None picks by platform and size.
 
     Raises:
       ValueError: if a value is out of range or two of them contradict each other.
@@ -91,10 +96,12 @@ class AutoencoderConfig:
     scaling_factor: float = 0.18215
     sample_size: int | tuple[int, int] = 32
     force_upcast: bool = False
+    attention_implementation: Implementation | None = None
 
     def __post_init__(self):
         at_least_one(self, "in_channels", "out_channels", "latent_channels", "z_channels")
         at_least_one(self, "norm_groups")
+        check_implementation(self.attention_implementation)
         if self.act not in ACTIVATIONS:
             raise ValueError(f"act must be one of {sorted(ACTIVATIONS)}, got {self.act!r}")
         _check_levels("levels", self.levels, self.norm_groups)
@@ -184,7 +191,11 @@ class Piece(nn.Module):
     def attention(self, name: str) -> nn.Module:
         """Self-attention between all pixels, with one head."""
         return AttentionBlock(
-            num_heads=1, norm_eps=self.config.norm_eps, name=name, **self.shared()
+            num_heads=1,
+            norm_eps=self.config.norm_eps,
+            implementation=self.config.attention_implementation,
+            name=name,
+            **self.shared(),
         )
 
     def conv(self, name: str, channels: int) -> nn.Module:

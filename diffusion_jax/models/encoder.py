@@ -102,17 +102,23 @@ class Part(nn.Module):
           [B, H, W, C].
         """
         spec, config = self.level.attention, self.config
+        implementation = config.attention_implementation
         options = {"name": name, **self.types()}
         if not spec:
             return h
         if isinstance(spec, SpatialTransformer):
             transformer = self._block(SpatialTransformerBlock)(
-                spec, self.heads(spec), spec.depth_at(place), self.norm_groups, **options
+                spec,
+                self.heads(spec),
+                spec.depth_at(place),
+                self.norm_groups,
+                implementation,
+                **options,
             )
             return transformer(h, cond.tokens, cond.token_mask, cond.grounding)
         if isinstance(spec, TextAttention):
             text = self._block(TextAttentionBlock)(
-                spec, self.heads(spec), self.norm_groups, **options
+                spec, self.heads(spec), self.norm_groups, implementation, **options
             )
             return text(h, cond.tokens, cond.token_mask)
         spec = PixelAttention(self.num_heads()) if spec is True else spec
@@ -123,6 +129,7 @@ class Part(nn.Module):
             GroupNorm if spec.norm else None,
             spec.head_dim,
             self.level.out_scale,
+            implementation,
             **options,
         )
         return pixels(h)

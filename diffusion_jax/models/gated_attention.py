@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.core.resize import bicubic_resize
 from diffusion_jax.core.types import Array
-from diffusion_jax.models.attention import Attention
+from diffusion_jax.models.attention import Attention, Implementation
 from diffusion_jax.models.blocks import zeros_init
 from diffusion_jax.models.feed_forward import GEGLU
 from diffusion_jax.models.pre_norm import layer_norm
@@ -26,12 +26,14 @@ class _Gated(nn.Module):
     Attributes:
       num_heads: attention heads.
       head_dim: width of a head; None for the width of x / num_heads.
+      implementation: of the attention, see `dot_product_attention`.
       dtype: dtype of activations; norm statistics and softmax are float32.
       param_dtype: dtype of the parameters.
     """
 
     num_heads: int
     head_dim: int | None = None
+    implementation: Implementation | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -46,7 +48,12 @@ class _Gated(nn.Module):
     def attention(self) -> nn.Module:
         """The attention, whose projections to queries, keys and values have no biases."""
         return Attention(
-            self.num_heads, head_dim=self.head_dim, qkv_bias=False, name="attn", **self.types()
+            self.num_heads,
+            head_dim=self.head_dim,
+            qkv_bias=False,
+            implementation=self.implementation,
+            name="attn",
+            **self.types(),
         )
 
     def gated(self, name: str, gate: Array, h: Array) -> Array:
@@ -73,6 +80,7 @@ class GatedSelfAttention(_Gated):
     Attributes:
       num_heads: attention heads; must divide the width of x, unless head_dim is given.
       head_dim: width of a head; None for the width of x / num_heads.
+      implementation: of the attention, see `dot_product_attention`.
       dtype: dtype of activations; norm statistics and softmax are float32.
       param_dtype: dtype of the parameters.
 
@@ -117,6 +125,7 @@ class ResizedGatedSelfAttention(_Gated):
     Attributes:
       num_heads: attention heads; must divide the width of x, unless head_dim is given.
       head_dim: width of a head; None for the width of x / num_heads.
+      implementation: of the attention, see `dot_product_attention`.
       dtype: dtype of activations; norm statistics, softmax and the resizing are float32.
       param_dtype: dtype of the parameters.
 
@@ -159,6 +168,7 @@ class GatedCrossAttention(_Gated):
     Attributes:
       num_heads: attention heads; must divide the width of x, unless head_dim is given.
       head_dim: width of a head; None for the width of x / num_heads.
+      implementation: of the attention, see `dot_product_attention`.
       dtype: dtype of activations; norm statistics and softmax are float32.
       param_dtype: dtype of the parameters.
 

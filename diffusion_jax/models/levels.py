@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from diffusion_jax.models.attention import PixelAttention
+from diffusion_jax.models.attention import Implementation, PixelAttention, check_implementation
 from diffusion_jax.models.blocks import ACTIVATIONS
 from diffusion_jax.models.embeddings import Fourier, Learned, Sinusoidal
 from diffusion_jax.models.inputs import at_least_one
@@ -109,6 +109,7 @@ class EncoderConfig:
         given; with neither there is a single head.
       head_dim: width of a head.
       remat: recompute every block in the backward pass, for memory.
+      attention_implementation: see `dot_product_attention`; None picks by platform and size.
 
     Raises:
       ValueError: if a value is out of range or two of them contradict each other.
@@ -144,6 +145,7 @@ class EncoderConfig:
     num_heads: int | None = None
     head_dim: int | None = None
     remat: bool = False
+    attention_implementation: Implementation | None = None
 
     def __post_init__(self):
         if not isinstance(self.levels, tuple) or not self.levels:
@@ -151,6 +153,7 @@ class EncoderConfig:
         at_least_one(self, "norm_groups", "time_embed_dim", "time_channels", "conv_in_kernel")
         at_least_one(self, "num_heads", "head_dim", "middle_attention_groups")
         check_odd(self, "conv_in_kernel")
+        check_implementation(self.attention_implementation)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
         if self.time_channels is not None and isinstance(self.time_features, Fourier):

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from diffusion_jax.core.types import Array
-from diffusion_jax.models.attention import dot_product_attention
+from diffusion_jax.models.attention import Implementation, dot_product_attention
 from diffusion_jax.models.blocks import GroupNorm, default_init, zeros_init
 from diffusion_jax.models.inputs import at_least_one
 from diffusion_jax.models.pre_norm import layer_norm
@@ -89,6 +89,7 @@ class JointAttention(nn.Module):
 
     num_heads: int
     text_only: bool = False
+    implementation: Implementation | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -118,8 +119,8 @@ class JointAttention(nn.Module):
         if mask is not None:
             mask = jnp.pad(mask, ((0, 0), (0, k.shape[1] - mask.shape[1])), constant_values=True)
             mask = mask[:, None, None, :]
-        h = dot_product_attention(q, k, v, mask=mask).reshape(x.shape)
-        return nn.Dense(width, kernel_init=zeros_init, name="out", **options)(h)
+        h = dot_product_attention(q, k, v, mask=mask, implementation=self.implementation)
+        return nn.Dense(width, kernel_init=zeros_init, name="out", **options)(h.reshape(x.shape))
 
 
 class TextAttentionBlock(nn.Module):
@@ -131,6 +132,7 @@ class TextAttentionBlock(nn.Module):
       spec: what kind of attention.
       num_heads: number of heads where the specification says nothing.
       norm_groups: groups of the norm of the pixels.
+      implementation: of the attention, see `dot_product_attention`.
       dtype: dtype of activations; norms and softmax stay float32.
       param_dtype: dtype of the parameters.
 
@@ -141,6 +143,7 @@ class TextAttentionBlock(nn.Module):
     spec: TextAttention
     num_heads: int
     norm_groups: int
+    implementation: Implementation | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -169,5 +172,7 @@ class TextAttentionBlock(nn.Module):
             norm = GroupNorm(spec.text_norm_groups, spec.norm_eps, name="text_norm", **options)
             text = norm(text)
         num_heads = spec.heads(channels, self.num_heads)
-        attention = JointAttention(num_heads, spec.text_only, name="attention", **options)
+        attention = JointAttention(
+            num_heads, spec.text_only, self.implementation, name="attention", **options
+        )
         return x.astype(self.dtype) + attention(h, text, mask).reshape(x.shape)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.core.condition import Grounding
 from diffusion_jax.core.types import Array
-from diffusion_jax.models.attention import Attention
+from diffusion_jax.models.attention import Attention, Implementation
 from diffusion_jax.models.blocks import GroupNorm, default_init, zeros_init
 from diffusion_jax.models.feed_forward import GEGLU
 from diffusion_jax.models.gated_attention import FUSERS
@@ -83,6 +83,7 @@ class TransformerBlock(nn.Module):
       head_dim: width of a head.
       tokens_only: the first attention is to the tokens too.
       fuser: GLIGEN's adapter, a key of `FUSERS`; None without.
+      implementation: of the attention, see `dot_product_attention`.
       dtype: dtype of activations; norm statistics and softmax stay float32.
       param_dtype: dtype of the parameters.
 
@@ -94,6 +95,7 @@ class TransformerBlock(nn.Module):
     head_dim: int
     tokens_only: bool = False
     fuser: str | None = None
+    implementation: Implementation | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -124,7 +126,12 @@ class TransformerBlock(nn.Module):
 
         def attention(name):
             return Attention(
-                self.num_heads, head_dim=self.head_dim, qkv_bias=False, name=name, **types
+                self.num_heads,
+                head_dim=self.head_dim,
+                qkv_bias=False,
+                implementation=self.implementation,
+                name=name,
+                **types,
             )
 
         if self.tokens_only:
@@ -132,7 +139,9 @@ class TransformerBlock(nn.Module):
         else:
             x = x + attention("attn_1")(normed("norm_1"))
         if self.fuser is not None and grounding is not None:
-            fuser = FUSERS[self.fuser](self.num_heads, self.head_dim, name="fuser", **types)
+            fuser = FUSERS[self.fuser](
+                self.num_heads, self.head_dim, self.implementation, name="fuser", **types
+            )
             x = fuser(x, grounding.objects, grounding.gate)
         x = x + attention("attn_2")(normed("norm_2"), tokens, mask=mask)
         return x + GEGLU(name="ff", **types)(normed("norm_3"))
@@ -148,6 +157,7 @@ class SpatialTransformerBlock(nn.Module):
       num_heads: attention heads.
       depth: number of transformer blocks.
       norm_groups: groups of the norm of the pixels.
+      implementation: of the attention, see `dot_product_attention`.
       dtype: dtype of activations; norm statistics and softmax stay float32.
       param_dtype: dtype of the parameters.
 
@@ -158,6 +168,7 @@ class SpatialTransformerBlock(nn.Module):
     num_heads: int
     depth: int
     norm_groups: int | None
+    implementation: Implementation | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -194,6 +205,7 @@ class SpatialTransformerBlock(nn.Module):
                 head_dim,
                 self.spec.tokens_only,
                 self.spec.fuser,
+                self.implementation,
                 name=f"block_{i}",
                 **types,
             )

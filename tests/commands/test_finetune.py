@@ -1,6 +1,7 @@
 """finetune: what is trained and what is not, going on, and results that load."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -113,6 +114,22 @@ def test_a_lora_begins_where_the_base_is_and_cached_latents_stand_for_images():
         "tokens": text.module.apply({"params": text.params}, ids).last,
     }
     np.testing.assert_allclose(loss(params, cached, keys)[0], plain, rtol=1e-5)
+
+
+def test_a_cache_stands_for_autoencoder_and_text_encoder(pictures, tmp_path, capsys):
+    cache, arguments = tmp_path / "cache", ("--num-steps", 4, "--learning-rate", 1e-2)
+    assert finetune(pictures, tmp_path / "plain", *arguments) == 0
+    assert finetune(pictures, tmp_path / "first", *arguments, "--cache", cache) == 0
+    np.testing.assert_allclose(losses(tmp_path / "first"), losses(tmp_path / "plain"), rtol=1e-4)
+    (shard,) = cache.glob("*.safetensors")
+    written = shard.stat().st_mtime_ns
+    assert finetune(pictures, tmp_path / "second", *arguments, "--cache", cache) == 0
+    assert losses(tmp_path / "second") == losses(tmp_path / "first")
+    assert shard.stat().st_mtime_ns == written
+    # Other pictures under the same names.
+    others = shutil.copytree(pictures, tmp_path / "others")
+    assert finetune(others, tmp_path / "third", *arguments, "--cache", cache) == 2
+    assert "made by something else" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

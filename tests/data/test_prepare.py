@@ -235,3 +235,40 @@ def test_a_download_that_fails_says_what_to_do(tmp_path):
     with pytest.raises(OSError, match=r"cannot fetch file://.*missing\.bin.*--source-dir"):
         originals.download(missing, tmp_path / "local")
     assert list((tmp_path / "local").iterdir()) == []
+
+
+def test_captions_of_a_set_are_kept(tmp_path):
+    import tensorflow_datasets as tfds
+    from etils import epath
+
+    from diffusion_jax.data.builders import encode_png
+
+    texts = ["a red circle", "zwei Häuser"]
+
+    class Captioned(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "captioned"
+        VERSION = tfds.core.Version("1.0.0")
+        code_path = epath.Path(__file__)
+        pkg_dir_path = epath.Path(__file__).parent
+
+        def _info(self):
+            image = tfds.features.Image(shape=(8, 8, 3), encoding_format="png")
+            features = {"image": image, "caption": tfds.features.Text()}
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, text in enumerate(texts):
+                png = encode_png(np.full((8, 8, 3), 50 * i, np.uint8))
+                yield i, {"image": io.BytesIO(png), "caption": text}
+
+    Captioned(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    source = TFDS("captioned", 8, data_dir=str(tmp_path)).source()
+    found = {source[i]["caption"]: float(source[i]["image"].max()) for i in range(2)}
+    assert found == {texts[0]: -1.0, texts[1]: pytest.approx(100 / 255 - 1)}
+    with pytest.raises(ValueError, match="captions, which in_memory"):
+        TFDS("captioned", 8, data_dir=str(tmp_path), in_memory=True).source()

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +48,7 @@ COMMON: Mapping[str, Any] = {
     "mesh": None,
     "vae_slicing": False,
     "vae_tiling": False,
+    "attention_slicing": False,
 }
 # Words of every phase that draws with a scheduler.
 STEPS: Mapping[str, Any] = {
@@ -407,9 +409,16 @@ def _own_control(
 def _with_memory(phases: Sequence[Phase], words: Mapping[str, Any]) -> tuple[Phase, ...]:
     """The phases with autoencoders that work image by image, and in tiles as diffusers' do.
 
+    With attention_slicing, UNets and autoencoders hold some logits of one head at a time.
+
     Raises:
-      ValueError: if there is no autoencoder, or it has no tiles here.
+      ValueError: if there is no such network, or an autoencoder has no tiles here.
     """
+    if words["attention_slicing"]:
+        sliced = [_with_sliced_attention(phase) for phase in phases]
+        if all(new is old for new, old in zip(sliced, phases, strict=True)):
+            raise ValueError("attention_slicing is for pipelines with a UNet or an autoencoder")
+        phases = sliced
     slicing, tiling = bool(words["vae_slicing"]), bool(words["vae_tiling"])
     if not slicing and not tiling:
         return tuple(phases)
@@ -423,6 +432,18 @@ def _with_memory(phases: Sequence[Phase], words: Mapping[str, Any]) -> tuple[Pha
             phase = dataclasses.replace(phase, one_by_one=slicing, tile=tile)
         changed.append(phase)
     return tuple(changed)
+
+
+def _with_sliced_attention(phase: Phase) -> Phase:
+    """A phase whose networks tile their attention, where they can."""
+    changed = {}
+    for field in dataclasses.fields(phase):
+        module = getattr(phase, field.name)
+        config = getattr(module, "config", None)
+        if isinstance(module, nn.Module) and hasattr(config, "attention_implementation"):
+            config = dataclasses.replace(config, attention_implementation="tiled")
+            changed[field.name] = module.clone(config=config)
+    return dataclasses.replace(phase, **changed) if changed else phase
 
 
 def _tile(phase: DecodeLatents | EncodeImage) -> int:

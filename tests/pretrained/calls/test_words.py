@@ -202,6 +202,12 @@ def test_pipelines_that_cannot_be_called_say_so(pipeline):
         pipeline.replace(sheduler=None)
 
 
+def test_sliced_attention_is_attention(pipeline):
+    words = {**SMALL, "seed": 0}
+    sliced = pipeline("a", **words, attention_slicing=True).images
+    np.testing.assert_allclose(sliced, pipeline("a", **words).images, atol=1e-5)
+
+
 def test_autoencoders_work_image_by_image_and_in_tiles(pipeline):
     words = {**SMALL, "seed": 0}
     whole = pipeline(["a", "b"], **words).images
