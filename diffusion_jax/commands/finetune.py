@@ -106,6 +106,8 @@ class FineTune:
 def _check(options: FineTune) -> None:
     if options.rank < 0:
         raise ValueError(f"rank must be at least 0, got {options.rank}")
+    if options.data_dir is not None and not options.data.startswith("tfds:"):
+        raise ValueError(f"data_dir belongs to --data tfds:NAME, got --data {options.data}")
     if options.eval_every and not options.prompt:
         raise ValueError("eval_every draws pictures of --prompt; give one")
     if options.batch_size < 1 or options.batch_size % (options.accumulate * jax.device_count()):

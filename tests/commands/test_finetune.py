@@ -136,6 +136,7 @@ def test_a_cache_stands_for_autoencoder_and_text_encoder(pictures, tmp_path, cap
     ("arguments", "message"),
     [
         (("--rank", -1), "rank"),
+        (("--data-dir", "sets"), "data_dir"),
         (("--eval-every", 2), "--prompt"),
         (("--batch-size", 3), "batch_size 3"),
         (("--caption-dropout", 1.0), "caption_dropout"),

@@ -1,12 +1,17 @@
 """Attention: every implementation against the formula in float64."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_jax.core.condition import Condition, Grounding
 from diffusion_jax.models import attention as attention_module
 from diffusion_jax.models.attention import Attention, AttentionBlock, dot_product_attention
+from diffusion_jax.pretrained import toy_pipeline
 from tests.models.trees import random_params
 
 B, N, M, H, D = 2, 3, 5, 2, 4
@@ -82,6 +87,41 @@ def test_gradients_of_the_tiled_form_are_those_of_the_plain_form(tile_bytes, mon
     )
     for a, b in zip(plain, tiled, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_tiles_need_less_memory(monkeypatch):
+    monkeypatch.setattr(attention_module, "TILE_BYTES", 2**18)
+    args = (jax.ShapeDtypeStruct((1, 1024, 2, 8), jnp.float32),) * 3
+
+    def memory(implementation):
+        fn = functools.partial(dot_product_attention, implementation=implementation)
+        return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    logits = 4 * 2 * 1024**2
+    assert memory("plain") >= logits
+    assert memory("tiled") < logits / 4
+
+
+def test_the_choice_reaches_every_attention(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("not the chosen one")
+
+    pipeline, struct = toy_pipeline(), jax.ShapeDtypeStruct
+    monkeypatch.setattr(attention_module, "_plain", refuse)
+    grounding = Grounding(struct((1, 2, 16), jnp.float32), struct((1,), jnp.float32))
+    cond = Condition(tokens=struct((1, 3, 16), jnp.float32), grounding=grounding)
+    inputs = {
+        "unet": (struct((1, 16, 16, 4), jnp.float32), struct((1,), jnp.float32), cond),
+        "vae": (struct((1, 64, 64, 3), jnp.float32),),
+    }
+    configs = {"unet": pipeline["unet"].config.network, "vae": pipeline["vae"].config}
+    for name, config in configs.items():
+        tiled = dataclasses.replace(config, attention_implementation="tiled").build()
+        jax.eval_shape(tiled.init, jax.random.key(0), *inputs[name])
+        with pytest.raises(AssertionError, match="not the chosen"):
+            jax.eval_shape(config.build().init, jax.random.key(0), *inputs[name])
+        with pytest.raises(ValueError, match="must be one of plain"):
+            dataclasses.replace(config, attention_implementation="flash")
 
 
 def test_a_cpu_tiles_what_is_big(monkeypatch):
