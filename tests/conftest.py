@@ -1,5 +1,6 @@
 """The ground all tests stand on: two CPU devices, no implicit broadcasting, optional float64."""
 
+import gc
 import os
 
 _TWO_DEVICES = "--xla_force_host_platform_device_count=2"
@@ -22,6 +23,18 @@ jax.config.update("jax_disable_most_optimizations", True)
 # Worker processes of grain read absl flags, which only an absl program parses.
 if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_a_module_only():
+    """Lets go of what a module compiled.
+
+    Every program maps some pages of its own; Linux allows a process 65,530 mappings, and XLA aborts
+    at the first one more.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
