@@ -199,7 +199,9 @@ def cache(run: Run, variant: Variant, number: int) -> Path:
     its memory, and has to be so in all of them.
     """
     fresh = {"cold": True, "warm": False, "shared": run.args.device == "cpu"}[variant.cache]
-    return run.folder / "caches" / variant.name / (str(number) if fresh else "kept")
+    # torch's compiler takes a name with spaces for several files.
+    name = variant.name.replace(",", "").replace(" ", "-")
+    return run.folder / "caches" / name / (str(number) if fresh else "kept")
 
 
 def one_sample(run: Run, variant: Variant, number: int) -> dict[str, Any]:
