@@ -17,6 +17,7 @@ from diffusion_jax.data.cache import precompute
 from diffusion_jax.data.pipeline import TFDS, Cached, Folder, WebDataset, batches
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.text import Tokenized
+from diffusion_jax.data.tfds_source import open_prepared
 from diffusion_jax.data.transforms import image_grid
 from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.io.files import write_text
@@ -161,10 +162,11 @@ def _digest(params: Params) -> str:
     return found.hexdigest()
 
 
-def _files(data: str) -> str:
+def _files(options: FineTune) -> str:
     """A digest of the names, sizes and times of the files that a set consists of."""
+    data = options.data
     if data.startswith("tfds:"):
-        return data
+        data = str(open_prepared(data.removeprefix("tfds:"), options.data_dir).data_dir)
     found = sorted(Path(data).rglob("*")) if Path(data).is_dir() else map(Path, sorted(glob(data)))
     about = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found]
     return hashlib.sha256(repr(about).encode()).hexdigest()
@@ -185,7 +187,7 @@ def _fill(options: FineTune, folder: Path, source: Source, pipeline: Pipeline, s
         return {"image_mean": posterior.mean, "image_std": posterior.std, "tokens": tokens}
 
     about = {
-        "data": _files(options.data),
+        "data": _files(options),
         "image_size": size,
         "weights": _digest({"vae": vae.params, "text_encoder": encoder.params}),
         "tokenizer": pipeline["tokenizer"](_PROBE).ids.tolist(),
