@@ -150,6 +150,8 @@ def check_custom(times: np.ndarray, total: int) -> None:
 
 @dataclass(frozen=True)
 class _Tabulated(DiscreteSchedule):
+    """Another schedule with its ᾱ in float32."""
+
     base: DiscreteSchedule = Linear()
 
     def alphas_cumprod(self) -> np.ndarray:
@@ -168,7 +170,8 @@ class TableSteps:
       clean: a step that ends below time 0 ends at clean data; if not, at the table's first level.
       custom: the times may be given one by one.
       inverse: steps upwards, from t - ⌊T/N⌋ to t, where the network is told t.
-      float32: the levels are those of the table in float32, rounded as published.
+      float32: the levels are those of the table in float32, rounded as published. It shows where
+        a sampler adds noise next to clean data, as ancestral sampling does.
     """
 
     spacing: str = "leading"
