@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.core.arrays import image_keys
+from diffusion_jax.models import attention
 from diffusion_jax.pretrained import from_pretrained
 from diffusion_jax.pretrained.calls import task_of
 from diffusion_jax.pretrained.calls.base import completed
@@ -202,10 +203,15 @@ def test_pipelines_that_cannot_be_called_say_so(pipeline):
         pipeline.replace(sheduler=None)
 
 
-def test_sliced_attention_is_attention(pipeline):
+def test_sliced_attention_is_attention(pipeline, monkeypatch):
     words = {**SMALL, "seed": 0}
+    tiled, traced = attention._tiled, []
+    monkeypatch.setattr(attention, "_tiled", lambda *args: traced.append(1) or tiled(*args))
+    whole = pipeline("a", **words).images
+    assert not traced
     sliced = pipeline("a", **words, attention_slicing=True).images
-    np.testing.assert_allclose(sliced, pipeline("a", **words).images, atol=1e-5)
+    assert traced
+    np.testing.assert_allclose(sliced, whole, atol=1e-5)
 
 
 def test_autoencoders_work_image_by_image_and_in_tiles(pipeline):
