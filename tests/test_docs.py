@@ -127,7 +127,7 @@ def test_the_first_hour_makes_the_pictures_that_it_shows(tmp_path, monkeypatch):
         program, *arguments = shlex.split(line)
         assert program == "diffusion-jax"
         assert main(arguments) == 0, line
-    shown = re.findall(r"^\| `(runs/\S+\.png)`.*\((docs/pictures/\S+)\)", text, re.MULTILINE)
+    shown = re.findall(r"^\| `(runs/\S+\.png)`.*\"(docs/pictures/\S+)\"", text, re.MULTILINE)
     assert len(shown) > 3
     for made, kept in shown:
         assert (tmp_path / made).is_file()
