@@ -155,7 +155,9 @@ def test_options_return_as_they_came(config):
     ours = component.read(config)
     assert component.write(ours) == config
     # The peer has one epsilon and one pair of weights; the norm and z_channels are tested below.
+    # No file says how attention is computed.
     fixed = ("norm", "norm_eps", "commitment_weight", "codebook_weight", "z_channels")
+    fixed += ("attention_implementation",)
     for field in dataclasses.fields(ours):
         assert field.name in fixed or getattr(ours, field.name) != field.default, field.name
 
