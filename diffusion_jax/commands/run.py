@@ -111,7 +111,7 @@ def check_same_model(experiment: Experiment, workdir: Path) -> None:
 
 
 def restore_stage(folder: Path, kind: str = "ema") -> tuple[int, Params]:
-    """(step, parameters) of the newest checkpoint of one stage.
+    """(step, parameters) of the newest good checkpoint of one stage.
 
     Args:
       kind: "ema" for the averaged weights, "raw" for those of the last step.
@@ -120,12 +120,12 @@ def restore_stage(folder: Path, kind: str = "ema") -> tuple[int, Params]:
       ValueError: if there is no checkpoint.
     """
     with checkpoints(folder) as checkpointer:
-        step = checkpointer.latest_step()
-        if step is None:
+        if not checkpointer.steps():
             raise ValueError(
                 f"{folder} has no checkpoint; train first: diffusion-jax train NAME --workdir DIR"
             )
-        return step, checkpointer.restore_params(kind=kind, step=step)
+        params = checkpointer.restore_params(kind=kind)
+        return checkpointer.restored_step, params
 
 
 def restore_params(

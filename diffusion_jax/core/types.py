@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from diffusion_jax.core.part_mean import Ratio
+
 if TYPE_CHECKING:
     from diffusion_jax.core.condition import Condition
 
@@ -13,7 +15,8 @@ Array = jax.Array | np.ndarray
 Key = jax.Array
 Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
-Metrics = Mapping[str, Array]
+# Means over a batch, [] each; a `Ratio` of two where a mean is over part of it.
+Metrics = Mapping[str, Array | Ratio]
 
 
 class NoiseLevel(NamedTuple):
@@ -118,7 +121,19 @@ class DataIterator(Protocol):
 class Checkpointer(Protocol):
     """Durable storage of a training state and the position of its data."""
 
-    def latest_step(self) -> int | None: ...
+    def claim(self) -> list[str]:
+        """Becomes the only writer; names of incomplete checkpoints that were deleted."""
+        ...
+
+    @property
+    def last_committed_step(self) -> int | None:
+        """The newest step that is completely written, None if there is none."""
+        ...
+
+    @property
+    def restored_step(self) -> int | None:
+        """The step that was read last, None before."""
+        ...
 
     def save(self, step: int, state: Any, data_state: Mapping[str, Any]) -> None: ...
 

@@ -1,37 +1,59 @@
 """Checkpoints: durable training states with the position of their data, through orbax."""
 
+import contextlib
+import fcntl
 import functools
 import json
-from collections.abc import Mapping
+import platform
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 
 from diffusion_jax.core.params import merge
 from diffusion_jax.core.types import Params
+from diffusion_jax.io import digests
+from diffusion_jax.io.checkpoint_errors import (
+    CheckpointCorruptedError,
+    CheckpointError,
+    CheckpointMismatchError,
+    CheckpointMissingError,
+    CheckpointSaveError,
+    CheckpointWarning,
+)
 
 KINDS = {"ema": "ema", "raw": "trainable"}
 
 Leaves = dict[tuple[str, ...], Any]
 
+_FORMAT = 2
+_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "diffusion-jax")
+_DETERMINING = ("jax", "flax", "optax", "platform", "devices", "processes")
+# Room for JSON and metadata beside the arrays.
+_SPARE_BYTES = 2**20
+_CORRUPTED = ".corrupted"
 
-class CheckpointMismatchError(ValueError):
-    """A checkpoint and the state that it should fill differ.
+
+class Matching(NamedTuple):
+    """What `Checkpoints.restore_matching` found.
 
     Attributes:
-      differences: one line for every leaf: its path, what was saved, what is wanted.
+      params: the tree asked for, with the saved leaves in it.
+      missing: paths that were not saved and keep the values they had.
+      unexpected: paths that were saved and not asked for.
     """
 
-    def __init__(self, where: str, differences: list[str]):
-        self.differences = differences
-        super().__init__(
-            f"{where} does not fit, {len(differences)} leaves differ; was it written with another "
-            "model, optimizer, loss or choice of trainable leaves?\n  " + "\n  ".join(differences)
-        )
+    params: Params
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
 
 
 def _name(entry: Any) -> str:
@@ -78,6 +100,45 @@ def _check(where: str, saved: Leaves, wanted: Leaves) -> None:
         raise CheckpointMismatchError(where, differences)
 
 
+def _digests(leaves: Leaves) -> dict[str, str]:
+    """Shape, dtype and digest of every leaf by its path."""
+    sums = jax.device_get({path: digests.digest(leaf) for path, leaf in leaves.items()})
+    return {
+        "/".join(path): f"{_describe(leaf)} {digests.text(sums[path])}"
+        for path, leaf in leaves.items()
+    }
+
+
+def _non_finite(leaves: Leaves) -> list[str]:
+    """Paths of the parameters and averages that hold NaN or infinity."""
+    finite = {
+        "/".join(path): digests.is_finite(leaf)
+        for path, leaf in leaves.items()
+        if path[0] in KINDS.values() and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    }
+    return [path for path, is_finite in jax.device_get(finite).items() if not is_finite]
+
+
+def _anywhere(failed: bool) -> bool:
+    """Whether it failed in any process; every process must ask."""
+    if jax.process_count() == 1:
+        return failed
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(failed))))
+
+
+def _conditions() -> dict[str, Any]:
+    """What equal numbers need besides equal programs: libraries and devices."""
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in _LIBRARIES},
+        "platform": jax.default_backend(),
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+    }
+
+
 def resolve(directory: str | PathLike) -> str:
     """An absolute path, `~` expanded; addresses such as gs://bucket/run stay as they are."""
     text = str(directory)
@@ -88,20 +149,38 @@ class Checkpoints:
     """Checkpoints of one run in one directory; a context manager that waits for its writes.
 
     A checkpoint is a folder named after its step with a tree of arrays (`state`), and JSON
-    (`data`, `layout`). It appears under that name only when it is complete.
+    (`data`, `layout`). It appears under that name only when it is complete. The layout holds a
+    digest of every array and of the data's position, see `digests.digest`; they are compared
+    whenever something is read.
 
     Attributes:
       directory: absolute path.
       max_to_keep: older checkpoints are deleted.
+      frozen: whether the frozen leaves of a TrainState are saved. Without them a checkpoint is
+        that of the trained leaves (an adapter, say), and restoring compares the frozen leaves of
+        the state that it fills with those of the run.
+      configuration: JSON that describes the run, kept in every checkpoint.
+      restored_step: step of the checkpoint that was last read, None before.
 
     Raises:
       ValueError: if `max_to_keep` < 1 or the directory is a file.
     """
 
-    def __init__(self, directory: str | PathLike, *, max_to_keep: int = 3):
+    def __init__(
+        self,
+        directory: str | PathLike,
+        *,
+        max_to_keep: int = 3,
+        frozen: bool = True,
+        configuration: Mapping[str, Any] | None = None,
+    ):
         if max_to_keep < 1:
             raise ValueError(f"max_to_keep must be at least 1, got {max_to_keep}")
-        self.directory, self.max_to_keep = resolve(directory), max_to_keep
+        self.directory, self.max_to_keep, self.frozen = resolve(directory), max_to_keep, frozen
+        self.configuration = dict(configuration or {})
+        self.restored_step: int | None = None
+        self._writing: int | None = None
+        self._lock: Any = None
         if Path(self.directory).is_file():
             raise ValueError(f"checkpoints need a directory, but {self.directory} is a file")
 
@@ -126,18 +205,61 @@ class Checkpoints:
             },
         )
 
+    @property
+    def _path(self) -> Any:
+        from etils import epath
+
+        return epath.Path(self.directory)
+
+    def claim(self) -> list[str]:
+        """Makes this process the only writer, and deletes what a killed writer left half done.
+
+        The claim ends with `close`, or with the process however it ends.
+
+        Returns:
+          names of the incomplete checkpoints that were deleted.
+
+        Raises:
+          CheckpointError: if another run writes into the directory.
+        """
+        error, removed = None, []
+        if jax.process_index() == 0:
+            try:
+                removed = self._claim()
+            except CheckpointError as found:
+                error = found
+        if _anywhere(error is not None):
+            raise error or CheckpointError(f"process 0 could not claim {self.directory}")
+        return removed
+
+    def _claim(self) -> list[str]:
+        self._path.mkdir(parents=True, exist_ok=True)
+        if "://" not in self.directory:
+            self._lock = (Path(self.directory) / ".lock").open("w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise CheckpointError(
+                    f"another run writes checkpoints into {self.directory}; stop it, or use "
+                    "another directory"
+                ) from error
+        removed = [path for path in self._path.iterdir() if ".orbax-checkpoint-tmp" in path.name]
+        for path in removed:
+            path.rmtree()
+        return sorted(path.name for path in removed)
+
     def steps(self) -> tuple[int, ...]:
         """Steps of the complete checkpoints, ascending; one being written is not among them."""
         import orbax.checkpoint as ocp
-        from etils import epath
 
-        if not epath.Path(self.directory).exists():
+        if not self._path.exists():
             return ()
-        # The manager's own answer includes checkpoints that are not written yet.
+        # The manager's own answer includes checkpoints that are not written yet, or never will be.
         return tuple(sorted(ocp.utils.checkpoint_steps(self.directory)))
 
-    def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint, None if there is none."""
+    @property
+    def last_committed_step(self) -> int | None:
+        """Step of the newest checkpoint that is completely on disk, None if there is none."""
         steps = self.steps()
         return steps[-1] if steps else None
 
@@ -153,10 +275,13 @@ class Checkpoints:
 
         Raises:
           ValueError: if the step is not above the newest one, or `data_state` is not JSON.
+          CheckpointSaveError: if parameters or their averages are not finite, the disk has not
+            the room, or this checkpoint or the one before could not be written.
         """
         import orbax.checkpoint as ocp
 
-        newest = self._manager.latest_step()
+        self.wait()
+        newest = self.last_committed_step
         if newest is not None and step <= newest:
             raise ValueError(
                 f"step {step} is not above step {newest}, the newest in {self.directory}; resume "
@@ -167,92 +292,219 @@ class Checkpoints:
             position = json.loads(json.dumps(data_state))
         except TypeError as error:
             raise ValueError(f"data_state must be JSON-serialisable: {error}") from error
-        arrays = unflatten_dict(_leaves(state))
+        leaves = _leaves(state)
+        wide = [p for p, x in leaves.items() if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype]
+        if wide:
+            raise ValueError(
+                f"jax would restore {'/'.join(wide[0])} with 32 bits; save it with 32 bits, or "
+                "enable x64"
+            )
+        bad = _non_finite(leaves)
+        if bad:
+            raise CheckpointSaveError(step, newest, f"NaN or infinity in {', '.join(bad)}")
+        body = {
+            "version": _FORMAT,
+            "empty": _empty_nodes(state),
+            "frozen": self.frozen,
+            "digests": _digests(leaves),
+            "data": digests.of_json(position),
+            "conditions": _conditions(),
+            "configuration": self.configuration,
+        }
+        kept = {path: x for path, x in leaves.items() if self.frozen or path[0] != "frozen"}
+        self._check_space(step, sum(leaf.nbytes for leaf in kept.values()))
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(arrays),
+            state=ocp.args.PyTreeSave(unflatten_dict(kept)),
             data=ocp.args.JsonSave(position),
-            layout=ocp.args.JsonSave({"version": 1, "empty": _empty_nodes(state)}),
+            layout=ocp.args.JsonSave({"body": body, "digest": digests.of_json(body)}),
         )
-        self._manager.save(step, args=items)
+        self._writing = step
+        try:
+            if not self._manager.save(step, args=items):
+                raise OSError("orbax declined to save it")
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _check_space(self, step: int, size: int) -> None:
+        short = None
+        if "://" not in self.directory and jax.process_index() == 0:
+            self._path.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.directory).free
+            if free < size + _SPARE_BYTES:
+                short = f"it takes {size:,} bytes, {free:,} are free in {self.directory}"
+        if _anywhere(short is not None):
+            reason = short or "process 0 has no room for it"
+            raise CheckpointSaveError(step, self.last_committed_step, reason)
+
+    def _failed(self, error: Exception) -> CheckpointSaveError:
+        """After a failure orbax believes in what is not there; the next use makes a new manager."""
+        step, self._writing = self._writing, None
+        manager = self.__dict__.pop("_manager")
+        with contextlib.suppress(Exception):
+            manager.close()
+        reason = f"{type(error).__name__}: {error}"
+        if "://" not in self.directory:
+            reason += f" ({shutil.disk_usage(self.directory).free:,} bytes are free)"
+        return CheckpointSaveError(step, self.last_committed_step, reason)
 
     def restore(self, state: Any, step: int | None = None) -> tuple[Any, Mapping[str, Any]]:
         """Reads a checkpoint into the structure of `state`.
 
         Args:
           state: tree of arrays or of `jax.ShapeDtypeStruct` (from `jax.eval_shape`); shapes
-            and dtypes must be those saved, shardings are those of `state`.
-          step: which one; None for the newest complete one.
+            and dtypes must be those saved, shardings are those of `state`. Frozen leaves that
+            were not saved must be arrays.
+          step: which one, and no other. None for the newest good one: a corrupted checkpoint is
+            passed over with a `CheckpointWarning`, and renamed to STEP.corrupted by the run that
+            has claimed the directory.
 
         Returns:
           (state, data_state).
 
         Raises:
-          FileNotFoundError: if there is no such checkpoint.
+          CheckpointMissingError: if there is no such checkpoint.
+          CheckpointCorruptedError: if it, or every one, is not what was written.
           CheckpointMismatchError: listing every leaf that differs.
         """
-        import orbax.checkpoint as ocp
+        return self._newest_good(lambda number: self._restore(state, number), step)
 
-        step = self._existing(step)
-        wanted = {path: _abstract(leaf) for path, leaf in _leaves(state).items()}
-        _check(self._where(step), self._saved_leaves(step), wanted)
-        restored = flatten_dict(self._read(step, wanted))
-        leaves = [restored[path] for path in wanted]
-        data_state = self._manager.restore(
-            step, args=ocp.args.Composite(data=ocp.args.JsonRestore())
-        )["data"]
-        return jax.tree.unflatten(jax.tree.structure(state), leaves), data_state
+    def _restore(self, state: Any, step: int) -> tuple[Any, Mapping[str, Any]]:
+        wanted, layout = _leaves(state), self._layout(step)
+        fixed = {} if layout["frozen"] else {p: x for p, x in wanted.items() if p[0] == "frozen"}
+        read = {path: _abstract(leaf) for path, leaf in wanted.items() if path not in fixed}
+        _check(self._where(step), self._saved_leaves(step), read)
+        self._check_base(step, layout, fixed)
+        arrays = self._read(step, layout, read)
+        position = self._json(step, "data")
+        if layout["data"] not in (None, digests.of_json(position)):
+            raise self._corrupted(step, "the position of the data has changed")
+        self._compare_conditions(step, layout)
+        leaves = [arrays[path] if path in arrays else fixed[path] for path in wanted]
+        return jax.tree.unflatten(jax.tree.structure(state), leaves), position
 
     def restore_params(
-        self, *, kind: str = "ema", step: int | None = None, like: Params | None = None
+        self,
+        *,
+        kind: str = "ema",
+        step: int | None = None,
+        like: Params | None = None,
+        frozen: Params | None = None,
     ) -> Params:
         """Reads the parameters of a saved TrainState, without optimizer or training code.
 
         Args:
           kind: "ema" for the averaged trainable leaves, "raw" for the last ones.
-          step: which checkpoint; None for the newest complete one.
+          step: which checkpoint; None for the newest good one, see `restore`.
           like: parameter tree, for example from `jax.eval_shape`, that the result must
             agree with in paths, shapes and dtypes; it gives the shardings. None to take
             what was saved, on the first device.
+          frozen: tree with the frozen leaves, for a checkpoint that leaves them out.
 
         Returns:
           whole parameter tree, trainable and frozen leaves merged.
 
         Raises:
-          ValueError: if `kind` is unknown, or the checkpoint is not of a TrainState.
-          FileNotFoundError: if there is no such checkpoint.
-          CheckpointMismatchError: listing every leaf that differs from `like`.
+          ValueError: if `kind` is unknown, the checkpoint is not of a TrainState, or it leaves
+            the frozen leaves out and they are not given.
+          CheckpointMissingError, CheckpointCorruptedError: see `restore`.
+          CheckpointMismatchError: listing every leaf that differs from `like`, or every frozen
+            leaf that has other values than those of the run.
         """
-        if kind not in KINDS:
-            raise ValueError(f"unknown kind {kind!r}; there are {sorted(KINDS)}")
-        step = self._existing(step)
+        return self._newest_good(lambda n: self._params(n, kind, like, frozen), step)
+
+    def _params(self, step: int, kind: str, like: Params | None, frozen: Params | None) -> Params:
+        layout, saved = self._layout(step), self._saved_params(step, kind)
         parts = (KINDS[kind], "frozen")
-        everything = self._saved_leaves(step)
-        saved = {path: leaf for path, leaf in everything.items() if path[0] in parts}
-        if not any(path[0] == "ema" for path in everything):
-            top = sorted({path[0] for path in everything})
-            raise ValueError(f"{self._where(step)} is not of a TrainState, it holds {top}")
+        fixed = self._frozen_leaves(step, layout, frozen)
         wanted = {path: _abstract(leaf) for path, leaf in saved.items()}
         if like is not None:
             target = _leaves(like)
-            _check(self._where(step), {path[1:]: leaf for path, leaf in saved.items()}, target)
+            found = {path[1:]: leaf for path, leaf in (saved | fixed).items()}
+            _check(self._where(step), found, target)
             wanted = {path: _abstract(target[path[1:]]) for path in saved}
-        tree = self._read(step, wanted)
-        return merge(*(tree.get(part, {}) for part in parts), self._empty(step, parts))
+        tree = unflatten_dict(self._read(step, layout, wanted) | fixed)
+        empty = {tuple(path[1:]): {} for path in layout["empty"]}
+        return merge(*(tree.get(part, {}) for part in parts), unflatten_dict(empty))
+
+    def restore_matching(
+        self, like: Params, *, kind: str = "ema", step: int | None = None
+    ) -> Matching:
+        """Reads those saved parameters that a tree has room for, and says which the others are.
+
+        Args:
+          like: whole parameter tree of arrays; where nothing was saved, its values stay.
+          kind, step: as for `restore_params`.
+
+        Raises:
+          CheckpointMismatchError: if a leaf that both have differs in shape or dtype.
+          ValueError, CheckpointMissingError, CheckpointCorruptedError: as `restore_params`.
+        """
+        return self._newest_good(lambda number: self._matching(number, like, kind), step)
+
+    def _matching(self, step: int, like: Params, kind: str) -> Matching:
+        layout, saved = self._layout(step), self._saved_params(step, kind)
+        target = _leaves(like)
+        both = {path: leaf for path, leaf in saved.items() if path[1:] in target}
+        common = {path[1:]: leaf for path, leaf in both.items()}
+        _check(self._where(step), common, {path: target[path] for path in common})
+        wanted = {path: _abstract(target[path[1:]]) for path in both}
+        read = {path[1:]: leaf for path, leaf in self._read(step, layout, wanted).items()}
+        leaves = [read.get(path, leaf) for path, leaf in target.items()]
+        unexpected = (path[1:] for path in saved if path not in both)
+        return Matching(
+            jax.tree.unflatten(jax.tree.structure(like), leaves),
+            tuple("/".join(path) for path in target if path not in common),
+            tuple("/".join(path) for path in unexpected),
+        )
+
+    def digest(self, step: int | None = None) -> str:
+        """One digest of all arrays of a checkpoint; equal states have equal ones.
+
+        Args:
+          step: which checkpoint; None for the newest.
+
+        Raises:
+          ValueError: if it was written without digests.
+          CheckpointMissingError, CheckpointCorruptedError: see `restore`.
+        """
+        step = self._existing(step)
+        found = self._layout(step)["digests"]
+        if not found:
+            raise ValueError(f"{self._where(step)} was written without digests")
+        return digests.of_json(found)
 
     def wait(self) -> None:
-        """Returns when everything is written; raises what went wrong with it."""
-        if "_manager" in self.__dict__:
+        """Returns when everything is written.
+
+        Raises:
+          CheckpointSaveError: if a checkpoint could not be written.
+        """
+        if "_manager" not in self.__dict__:
+            return
+        try:
             self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+        self._writing = None
 
     def close(self) -> None:
-        """Waits, then releases what orbax holds."""
-        if "_manager" in self.__dict__:
+        """Waits, then releases what orbax holds, and the claim."""
+        try:
             self.wait()
-            self._manager.close()
-            del self._manager
+        finally:
+            if "_manager" in self.__dict__:
+                self.__dict__.pop("_manager").close()
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
 
     def _where(self, step: int) -> str:
         return f"the checkpoint of step {step} in {self.directory}"
+
+    def _corrupted(
+        self, step: int, reason: str, leaves: tuple[str, ...] = ()
+    ) -> CheckpointCorruptedError:
+        return CheckpointCorruptedError(step, self._where(step), reason, leaves)
 
     def _existing(self, step: int | None) -> int:
         steps = self.steps()
@@ -260,13 +512,124 @@ class Checkpoints:
             return steps[-1]
         if step not in steps:
             which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-            raise FileNotFoundError(f"{which} in {self.directory}; complete are {list(steps)}")
+            raise CheckpointMissingError(f"{which} in {self.directory}; complete are {list(steps)}")
         return step
 
-    def _saved_leaves(self, step: int) -> Leaves:
-        return flatten_dict(self._manager.item_metadata(step)["state"].tree)
+    def _newest_good(self, read: Callable[[int], Any], step: int | None) -> Any:
+        """Reads a step, or the newest one that can be read."""
+        explicit, step = step, self._existing(step)
+        self.wait()
+        for candidate in reversed([n for n in self.steps() if n <= step]):
+            try:
+                result = read(candidate)
+            except CheckpointCorruptedError as error:
+                if explicit is not None or candidate == self.steps()[0]:
+                    raise
+                warnings.warn(f"{error}. It is passed over", CheckpointWarning, stacklevel=3)
+                if self._lock is not None:
+                    self._set_aside(candidate)
+            else:
+                self.restored_step = candidate
+                return result
+        raise AssertionError("the oldest checkpoint either reads or raises")
 
-    def _read(self, step: int, wanted: Leaves) -> dict[str, Any]:
+    def _set_aside(self, step: int) -> None:
+        self.__dict__.pop("_manager").close()
+        if jax.process_index() == 0:
+            (self._path / str(step)).rename(self._path / f"{step}{_CORRUPTED}")
+        # The others wait, so that nobody looks before it is gone.
+        _anywhere(False)
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (CheckpointError, MemoryError, PermissionError):
+            raise
+        # Orbax and tensorstore raise anything from KeyError to bare Exception for damaged files.
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            first = next(iter(str(error).splitlines()), "")
+            raise self._corrupted(step, f"{type(error).__name__}: {first}") from error
+
+    def _json(self, step: int, item: str) -> Any:
+        import orbax.checkpoint as ocp
+
+        arguments = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
+        with self._reading(step):
+            return self._manager.restore(step, args=arguments)[item]
+
+    def _layout(self, step: int) -> dict[str, Any]:
+        found = self._json(step, "layout")
+        keys = set(found) if isinstance(found, dict) else set()
+        if keys == {"version", "empty"} and found["version"] == 1:
+            warnings.warn(
+                f"{self._where(step)} was written without digests; whether it is what was written "
+                "cannot be told",
+                CheckpointWarning,
+                stacklevel=4,
+            )
+            unknown = {"digests": {}, "data": None, "conditions": {}, "configuration": {}}
+            return {**found, "frozen": True, **unknown}
+        if keys != {"body", "digest"} or digests.of_json(found["body"]) != found["digest"]:
+            raise self._corrupted(step, "its layout has changed")
+        if found["body"]["version"] != _FORMAT:
+            version = found["body"]["version"]
+            raise CheckpointError(
+                f"{self._where(step)} has format {version}, this library reads {_FORMAT} and below"
+            )
+        return found["body"]
+
+    def _saved_leaves(self, step: int) -> Leaves:
+        with self._reading(step):
+            return flatten_dict(self._manager.item_metadata(step)["state"].tree)
+
+    def _saved_params(self, step: int, kind: str) -> Leaves:
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind {kind!r}; there are {sorted(KINDS)}")
+        everything = self._saved_leaves(step)
+        if not any(path[0] == "ema" for path in everything):
+            top = sorted({path[0] for path in everything})
+            raise ValueError(f"{self._where(step)} is not of a TrainState, it holds {top}")
+        return {p: leaf for p, leaf in everything.items() if p[0] in (KINDS[kind], "frozen")}
+
+    def _frozen_leaves(self, step: int, layout: dict[str, Any], frozen: Params | None) -> Leaves:
+        """The given leaves at the paths that the checkpoint leaves out."""
+        if layout["frozen"]:
+            return {}
+        if frozen is None:
+            raise ValueError(
+                f"{self._where(step)} leaves the frozen leaves out; pass them as `frozen`"
+            )
+        given: Leaves = {("frozen", *path): leaf for path, leaf in _leaves(frozen).items()}
+        fixed: Leaves = {
+            path: x for path, x in given.items() if "/".join(path) in layout["digests"]
+        }
+        self._check_base(step, layout, fixed)
+        return fixed
+
+    def _check_base(self, step: int, layout: dict[str, Any], fixed: Leaves) -> None:
+        """Whether frozen leaves that were not saved are those that the run was trained with."""
+        if layout["frozen"]:
+            return
+        abstract = ["/".join(p) for p, x in fixed.items() if isinstance(x, jax.ShapeDtypeStruct)]
+        if abstract:
+            raise ValueError(
+                f"{self._where(step)} leaves the frozen leaves out, so that the state must have "
+                f"their values: {', '.join(abstract)}"
+            )
+        saved = {path: x for path, x in layout["digests"].items() if path.startswith("frozen/")}
+        given = _digests(fixed)
+        differences = [
+            f"{path}: trained with {saved.get(path, 'nothing')}, given {given.get(path, 'nothing')}"
+            for path in sorted(saved.keys() | given.keys())
+            if saved.get(path) != given.get(path)
+        ]
+        if differences:
+            raise CheckpointMismatchError(self._where(step), differences)
+
+    def _read(self, step: int, layout: dict[str, Any], wanted: Leaves) -> Leaves:
         import orbax.checkpoint as ocp
 
         tree = unflatten_dict(wanted)
@@ -275,11 +638,27 @@ class Checkpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
             partial_restore=True,
         )
-        return self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+        with self._reading(step):
+            composite = ocp.args.Composite(state=arguments)
+            leaves = flatten_dict(self._manager.restore(step, args=composite)["state"])
+        found, saved = _digests(leaves), layout["digests"]
+        changed = tuple(path for path in found if saved and saved.get(path) != found[path])
+        if changed:
+            shown = ", ".join(changed[:3]) + (" …" if len(changed) > 3 else "")
+            raise self._corrupted(step, f"{len(changed)} arrays have changed: {shown}", changed)
+        return leaves
 
-    def _empty(self, step: int, parts: tuple[str, ...]) -> Params:
-        import orbax.checkpoint as ocp
-
-        arguments = ocp.args.Composite(layout=ocp.args.JsonRestore())
-        layout = self._manager.restore(step, args=arguments)["layout"]
-        return unflatten_dict({tuple(path[1:]): {} for path in layout["empty"]})
+    def _compare_conditions(self, step: int, layout: dict[str, Any]) -> None:
+        then, now = layout["conditions"], _conditions()
+        changed = [
+            f"{name} {then[name]} (now {now[name]})"
+            for name in _DETERMINING
+            if then and then.get(name) != now[name]
+        ]
+        if changed:
+            warnings.warn(
+                f"{self._where(step)} was written with {', '.join(changed)}: what follows will "
+                "agree with an uninterrupted run up to rounding, not bit for bit",
+                CheckpointWarning,
+                stacklevel=5,
+            )

@@ -67,8 +67,8 @@ def load_run(
         shapes = jax.eval_shape(stage.init, jax.random.key(0))
         placed = _placed(shapes, shardings, name if len(system.stages) > 1 else None)
         with checkpoints(stage_dir(folder, system, name)) as checkpointer:
-            steps[name] = checkpointer.latest_step()
             params[name] = checkpointer.restore_params(kind=weights, like=placed)
+            steps[name] = checkpointer.restored_step
         if dtype is not None:
             wanted = with_dtype(shapes, floating_dtype(dtype))
             params[name] = jax.tree.map(lambda x, to: x.astype(to.dtype), params[name], wanted)

@@ -81,18 +81,18 @@ def test_saved_arrays_may_be_donated_and_the_position_changed_at_once(checkpoint
 
 
 def test_only_complete_checkpoints_are_listed_and_old_ones_deleted(checkpoints):
-    assert checkpoints.latest_step() is None
+    assert checkpoints.last_committed_step is None
     for step in (1, 2, 3):
         checkpoints.save(step, _state(float(step)), {})
     checkpoints.wait()
     # What a kill during a write leaves behind.
     (Path(checkpoints.directory) / "4.orbax-checkpoint-tmp").mkdir()
-    assert checkpoints.steps() == (2, 3) and checkpoints.latest_step() == 3
+    assert checkpoints.steps() == (2, 3) and checkpoints.last_committed_step == 3
     state, _ = checkpoints.restore(_state(), 2)
     _assert_bit_equal(state, _state(2.0))
     checkpoints.save(4, _state(4.0), {})
     checkpoints.wait()
-    assert checkpoints.latest_step() == 4
+    assert checkpoints.last_committed_step == 4
 
 
 def test_every_leaf_that_differs_is_listed(checkpoints):
