@@ -42,7 +42,7 @@ def _text(path: Path) -> str:
 def _json(text: str, where: str) -> dict:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected an object {{...}}, got {type(value).__name__}")
@@ -60,7 +60,7 @@ def _listed_captions(folder: Path) -> dict[str, str] | None:
         captions = {}
         for number, line in enumerate(_text(lines).splitlines(), start=1):
             row = _json(line, f"{lines}, line {number}")
-            if "file_name" not in row or "text" not in row:
+            if not isinstance(row.get("file_name"), str) or "text" not in row:
                 raise ValueError(f"{lines}, line {number}: 'file_name' and 'text' are needed")
             captions[row["file_name"]] = row["text"]
     else:

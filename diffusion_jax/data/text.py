@@ -28,7 +28,8 @@ class Tokenized:
         "error".
 
     Raises:
-      ValueError: if the examples have no caption, or have something of these names already.
+      ValueError: if the examples have no caption, or have something of these names already; when
+        an example is read, if its caption is no text, or too long where that is an error.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Tokenized:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """What the source gives, tokens [L] int32, and a mask [L] bool if asked for."""
         example = dict(self._source[index])
-        (caption,) = check_prompts(example["caption"])
+        caption = self._caption(index, example["caption"])
         length = self._tokenizer.length
         ids, lost = self._tokenizer.encode(caption, length)
         if lost:
@@ -76,6 +77,15 @@ class Tokenized:
         if self._drop:
             del example["caption"]
         return example
+
+    def _caption(self, index: int, caption: Any) -> str:
+        # In a list, because a caption that is a list itself is no text.
+        try:
+            return check_prompts([caption])[0]
+        except ValueError as error:
+            raise ValueError(
+                f"the caption of example {index} of {self._source!r}: {error}"
+            ) from error
 
     def _too_long(self, index: int, caption: str) -> None:
         message = f"caption {index} has more than {self._tokenizer.length} tokens: {caption!r:.500}"

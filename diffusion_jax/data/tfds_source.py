@@ -81,12 +81,18 @@ class EncodedSource:
         if self._has_label:
             example["label"] = np.int32(record["label"])
         if self._has_caption:
-            example["caption"] = _text(record["caption"])
+            example["caption"] = _text(record["caption"], name)
         return example
 
 
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+def _text(value: Any, name: str) -> str:
+    try:
+        value = value.decode("utf-8") if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the caption of {name} must be UTF-8 text ({error})") from error
+    if not isinstance(value, str):
+        raise ValueError(f"the caption of {name} is no text but {type(value).__name__}: {value!r}")
+    return value
 
 
 class SquareSource:

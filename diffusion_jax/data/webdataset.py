@@ -157,7 +157,7 @@ def _caption(content: bytes, kind: str, name: str) -> str:
         return text.strip()
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{name}: not JSON ({error})") from error
     caption = values.get("caption") if isinstance(values, dict) else None
     if not isinstance(caption, str):

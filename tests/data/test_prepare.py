@@ -259,9 +259,12 @@ def test_captions_of_a_set_are_kept(tmp_path):
             )
 
         def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
+            return {
+                "train": self._generate_examples(texts),
+                "broken": self._generate_examples([b"\xff"]),
+            }
 
-        def _generate_examples(self):
+        def _generate_examples(self, texts):
             for i, text in enumerate(texts):
                 png = encode_png(np.full((8, 8, 3), 50 * i, np.uint8))
                 yield i, {"image": io.BytesIO(png), "caption": text}
@@ -270,5 +273,8 @@ def test_captions_of_a_set_are_kept(tmp_path):
     source = TFDS("captioned", 8, data_dir=str(tmp_path)).source()
     found = {source[i]["caption"]: float(source[i]["image"].max()) for i in range(2)}
     assert found == {texts[0]: -1.0, texts[1]: pytest.approx(100 / 255 - 1)}
+    broken = TFDS("captioned", 8, split="broken", data_dir=str(tmp_path)).source()
+    with pytest.raises(ValueError, match="caption of record 0 of captioned/1.0.0, .* UTF-8"):
+        broken[0]
     with pytest.raises(ValueError, match="captions, which in_memory"):
         TFDS("captioned", 8, data_dir=str(tmp_path), in_memory=True).source()

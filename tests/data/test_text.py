@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 
-from diffusion_jax.data.pipeline import batches
+from diffusion_jax.data.batching import batches
 from diffusion_jax.data.text import Tokenized
 from diffusion_jax.data.tokenizers import Tokenizer
 
@@ -103,7 +103,8 @@ def test_bad_options(source, options, message):
         Tokenized(source, TOKENIZER, **options)
 
 
-@pytest.mark.parametrize("caption", [None, b"a cat", 3])
+@pytest.mark.parametrize("caption", [None, b"a cat", 3, ["a cat"], ["a", "b"], "\ud800"])
 def test_a_caption_that_is_no_text(caption):
-    with pytest.raises(ValueError, match=type(caption).__name__):
-        Tokenized(Captions(caption), TOKENIZER)[0]
+    name = f"the caption of example 1 of .*Captions.*{type(caption).__name__}"
+    with pytest.raises(ValueError, match=name):
+        Tokenized(Captions("a cat", caption), TOKENIZER)[1]

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.data import DATASETS, WebDataset
+from diffusion_jax.data.batching import batches
 from diffusion_jax.data.decode import BadImageError
-from diffusion_jax.data.pipeline import batches
 
 
 def _picture(value, kind="PNG", size=(8, 8)):
@@ -182,6 +182,8 @@ def test_a_damaged_shard_is_named_and_nothing_is_lost_silently(tmp_path, content
         ("a.json", b"{", "not JSON"),
         ("a.json", b"[1]", "string 'caption'"),
         ("a.json", b'{"caption": null}', "string 'caption'"),
+        ("a.json", b'{"caption": ["a cat"]}', "string 'caption'"),
+        ("a.json", b"[" * 10**5, "not JSON"),
     ],
 )
 def test_a_bad_caption_is_named(tmp_path, name, content, message):
