@@ -6,6 +6,8 @@ import numpy as np
 
 # Half of Pillow's own limit: where it merely warns of a decompression bomb, this is an error.
 MAX_PIXELS = 89_478_485
+# A line of a million pixels would be scaled to a few hundred lines of a hundred million each.
+MAX_RATIO = 100
 _MODES = {1: "L", 3: "RGB"}
 
 
@@ -25,9 +27,10 @@ def decode_image(file: str | IO[bytes], channels: int = 3, *, name: str) -> np.n
       name: how messages call the picture, usually its path.
 
     Raises:
-      BadImageError: for a file that is broken, no picture, of more than 8 bits a channel, or
-        above 89 million pixels.
+      BadImageError: for a file that is broken, no picture, of more than 8 bits a channel, above
+        89 million pixels, or more than 100 times as long as wide.
       ValueError: if `channels` is neither 1 nor 3.
+      OSError: if the file is not there or cannot be read.
     """
     from PIL import Image, ImageOps
 
@@ -38,12 +41,13 @@ def decode_image(file: str | IO[bytes], channels: int = 3, *, name: str) -> np.n
             _check(image, name)
             image = ImageOps.exif_transpose(image)
             return _convert(image, channels)
-    except FileNotFoundError:
-        raise
     except BadImageError:
         raise
     # Pillow's plugins raise what they like on a damaged file: OSError, SyntaxError, IndexError.
     except Exception as error:
+        # The system's errors have a number, Pillow's have none: the disk is to blame, not the file.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         reason = f"{type(error).__name__}: {error}"
         raise BadImageError(f"{name}: not a readable picture ({reason})") from error
 
@@ -53,6 +57,11 @@ def _check(image: Any, name: str) -> None:
     if width * height > MAX_PIXELS:
         raise BadImageError(
             f"{name}: {width}x{height} pixels are more than the {MAX_PIXELS} allowed; shrink it"
+        )
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise BadImageError(
+            f"{name}: {width}x{height} pixels, one side more than {MAX_RATIO} times the other; "
+            "crop it"
         )
     stored = [str(tile[3]) for tile in image.tile if len(tile) > 3]
     if image.mode[0] in "IF" or any("16" in layout for layout in stored):

@@ -1,5 +1,6 @@
 """Users' pictures: every kind that is fine, every kind that is not, captions and classes."""
 
+import errno
 import io
 import json
 import struct
@@ -99,7 +100,13 @@ BROKEN = {
         _file(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF").getvalue(),
         "8 bits a channel",
     ),
-    "huge": (_png(30_000, 30_000, bits=8, colour=0), "pixels|Bomb"),
+    "16 bit TIFF": (
+        _file(Image.fromarray(np.full((4, 4), 999, np.uint16)), "TIFF").getvalue(),
+        "8 bits a channel",
+    ),
+    # To a side of 8 this would be 8 x 6,400,000 pixels, and more than memory has to a side of 512.
+    "line": (_png(800_000, 1, bits=8, colour=0), "800000x1 pixels.*crop it"),
+    "huge": (_png(20_000, 20_000, bits=8, colour=0), "pixels|Bomb"),
     "large": (_png(10_000, 10_000, bits=8, colour=0), "10000x10000"),
 }
 
@@ -112,6 +119,17 @@ def test_a_bad_file_is_named(tmp_path, kind):
     source = Folder(str(tmp_path), 8).source()
     with pytest.raises(BadImageError, match=f"bad one.png: .*({message})"):
         source[0]
+
+
+class _FailingDisk(io.BytesIO):
+    def read(self, size=-1):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_failing_disk_does_not_make_a_picture_bad():
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        decode_image(_FailingDisk(), name="x")
+    assert caught.value.errno == errno.EIO
 
 
 def _folder(root, names):
@@ -165,6 +183,12 @@ def test_captions(tmp_path, kind):
         ({"captions.json": "[1]"}, "got list"),
         ({"captions.json": '{"cat.png": 3}'}, "'cat.png' is no text: 3"),
         ({"metadata.jsonl": '{"file_name": "cat.png"}'}, "line 1: 'file_name' and 'text'"),
+        ({"metadata.jsonl": '{"file_name": ["cat.png"], "text": "x"}'}, "line 1: 'file_name' and"),
+        (
+            {"metadata.jsonl": '{"file_name": "cat.png", "text": null}'},
+            "'cat.png' is no text: None",
+        ),
+        ({"captions.json": "[" * 10**5}, "captions.json: not JSON"),
         ({"metadata.jsonl": "", "captions.json": "{}"}, "keep one"),
     ],
 )
