@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from diffusion_jax.data import DATASETS, Cached
+from diffusion_jax.data.batching import batches
 from diffusion_jax.data.cache import Mirrored, precompute
-from diffusion_jax.data.pipeline import batches
 
 
 class Pictures:

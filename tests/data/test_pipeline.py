@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.data import DATASETS, ShapesData
-from diffusion_jax.data.pipeline import batches
+from diffusion_jax.data.batching import batches
 from diffusion_jax.data.sources import Arrays, numeric_keys, take
 
 
@@ -71,33 +71,34 @@ def test_resuming_gives_the_very_same_batches(threads):
     _equal(next(iterator), whole[0])
 
 
-def test_processes_share_the_data_without_duplicates():
-    """The union of the processes' batches is the batch of one process."""
-    whole = _labels(batches(_numbers(), batch_size=6, seed=1, num_epochs=2))
+def test_a_process_gets_the_rows_of_the_global_batch_that_follow_each_other():
+    options = {"batch_size": 2, "seed": 0, "shuffle": False, "num_epochs": 2}
     shards = [
-        _labels(
-            batches(
-                _numbers(), batch_size=2, seed=1, num_epochs=2, process_index=p, process_count=3
-            )
-        )
+        _labels(batches(_numbers(10), **options, process_index=p, process_count=3))
         for p in range(3)
     ]
-    assert [len(shard) for shard in shards] == [len(whole)] * 3 == [6] * 3
-    for parts, together in zip(zip(*shards, strict=True), whole, strict=True):
-        assert sorted(sum(parts, [])) == sorted(together)
+    # Three global batches of 3 x 2 in two epochs of 10: row i of batch k is example 6 k + 2 p + i.
+    assert shards == [
+        [[(6 * k + 2 * p + i) % 10 for i in range(2)] for k in range(3)] for p in range(3)
+    ]
 
 
-def test_a_state_may_move_to_another_number_of_processes():
-    one = batches(_numbers(), batch_size=6, seed=1)
-    for _ in range(4):
-        next(one)
-    state, expected = one.get_state(), next(one)["label"]
-    parts = []
-    for p in range(2):
-        half = batches(_numbers(), batch_size=3, seed=1, process_index=p, process_count=2)
-        half.set_state(state)
-        parts += next(half)["label"].tolist()
-    assert sorted(parts) == sorted(expected.tolist())
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_batches_of_all_processes_are_the_batch_of_one(count):
+    """Bit for bit, flips included, over the end of an epoch and from a restored position."""
+    options = {"seed": 1, "flip": True}
+    whole = batches(_numbers(), batch_size=6, **options)
+    shards = [
+        batches(_numbers(), batch_size=6 // count, **options, process_index=p, process_count=count)
+        for p in range(count)
+    ]
+    for start in (0, 9):
+        for iterator in (whole, *shards):
+            iterator.set_state({**whole.get_state(), "next_batch": start})
+        for _ in range(4):
+            parts, together = [next(shard) for shard in shards], next(whole)
+            joined = {key: np.concatenate([part[key] for part in parts]) for key in together}
+            _equal(joined, together)
 
 
 @pytest.mark.parametrize(
@@ -124,25 +125,16 @@ def test_a_state_of_other_data_or_of_nothing_is_refused():
         iterator.set_state({"next_index": 3})
 
 
-def test_flips_are_per_example_and_the_same_for_any_number_of_processes():
-    flipped = {}
-    for p in range(2):
-        shard = batches(
-            _numbers(), batch_size=5, seed=1, flip=True, process_index=p, process_count=2
-        )
-        for batch in itertools.islice(shard, 4):
-            for image, label in zip(batch["image"], batch["label"], strict=True):
-                mirrored = image[0, 0, 0] == 0 and image[0, 1, 0] == np.float32(label / 100)
-                kept = image[0, 1, 0] == 0 and image[0, 0, 0] == np.float32(label / 100)
-                assert mirrored or kept
-                flipped.setdefault(int(label), []).append(bool(mirrored))
-    whole = {}
+def test_flips_are_per_example():
+    flipped = []
     for batch in itertools.islice(batches(_numbers(), batch_size=10, seed=1, flip=True), 4):
         for image, label in zip(batch["image"], batch["label"], strict=True):
-            whole.setdefault(int(label), []).append(bool(image[0, 0, 0] == 0))
-    assert {k: sorted(v) for k, v in flipped.items()} == {k: sorted(v) for k, v in whole.items()}
+            mirrored = image[0, 0, 0] == 0 and image[0, 1, 0] == np.float32(label / 100)
+            kept = image[0, 1, 0] == 0 and image[0, 0, 0] == np.float32(label / 100)
+            assert mirrored or kept
+            flipped += [mirrored] if label else []
     # 38 flips of label 1 … 19 in two epochs: 19 expected, standard deviation 3.
-    assert 8 < sum(sum(flips) for label, flips in whole.items() if label) < 30
+    assert len(flipped) == 38 and 8 < sum(flipped) < 30
 
 
 def test_flips_depend_on_seed_and_epoch():
@@ -172,6 +164,13 @@ def test_batches_hold_numbers_only():
         ({"num_epochs": 0}, "num_epochs .* got 0"),
         ({"batch_size": 21}, "20 examples, fewer than one batch of 21 x 1"),
         ({"process_count": 6}, "4 x 6 processes"),
+        # Two epochs would fill a batch, but this is hardly what is wanted.
+        ({"batch_size": 30, "num_epochs": 2}, "fewer than one batch of 30 x 1"),
+        ({"num_threads": -1}, "got -1 and 0"),
+        ({"num_workers": -1}, "got 2 and -1"),
+        ({"on_bad_example": "ignore"}, "one of .*'raise', 'skip'.*got 'ignore'"),
+        ({"num_classes": 0}, r"got 0 for \['image', 'label'\]"),
+        ({"num_classes": 20, "keys": ("image",)}, r"got 20 for \['image'\]"),
         ({"keys": ("image", "caption")}, "'caption'"),
         ({"keys": ()}, "none at all"),
     ],
@@ -193,10 +192,88 @@ def test_flip_is_refused_where_it_would_make_boxes_wrong():
     next(batches(source, batch_size=2, seed=0, flip=True, keys=("image", "label")))
 
 
-def test_the_first_batch_is_checked():
-    images = np.full((4, 2, 2, 1), 3.0, np.float32)
-    with pytest.raises(ValueError, match=r"\[3, 3\]"):
-        next(batches(Arrays({"image": images}), batch_size=2, seed=0))
+def _changed(key, index, value):
+    arrays = {key: array.copy() for key, array in _numbers().arrays.items()}
+    arrays[key][index] = value
+    return Arrays(arrays)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        (_changed("image", 13, np.nan), "batch 3: 'image' .* 4 of 16 values are NaN"),
+        (_changed("image", 13, 3.0), r"batch 3: 'image' .*\[0, 3\]"),
+        (_changed("label", 13, 20), "batch 3: labels must lie in 0 … 19, got 12 … 20"),
+        (_changed("label", 13, -1), "batch 3: labels must lie in 0 … 19, got -1 … 15"),
+    ],
+    ids=["nan", "range", "label", "unknown label"],
+)
+def test_every_batch_is_checked(source, message, threads):
+    """The run can be taken up before the batch that is wrong, not behind it."""
+    options = {"batch_size": 4, "seed": 0, "shuffle": False, "num_classes": 20}
+    iterator = batches(source, **options, num_threads=threads)
+    for _ in range(3):
+        next(iterator)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            next(iterator)
+        assert iterator.get_state()["next_batch"] == 3
+
+
+class Ragged:
+    """Of two sizes."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return {"image": np.zeros((2 + index // 3, 2, 1), np.float32)}
+
+
+def test_images_of_several_sizes_are_named():
+    iterator = batches(Ragged(), batch_size=2, seed=0, shuffle=False)
+    next(iterator)
+    with pytest.raises(ValueError, match="batch 1: .*same shape"):
+        next(iterator)
+
+
+class Interrupted:
+    """Ctrl-C comes once, when example 9 is read."""
+
+    def __init__(self):
+        self.source, self.came = _numbers(), False
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        if index == 9 and not self.came:
+            self.came = True
+            raise KeyboardInterrupt
+        return self.source[index]
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_nothing_is_lost_at_an_interruption(threads):
+    options = {"batch_size": 4, "seed": 0, "shuffle": False, "num_epochs": 1}
+    iterator = batches(Interrupted(), **options, num_threads=threads)
+    got = _labels(iterator, 2)
+    with pytest.raises(KeyboardInterrupt):
+        next(iterator)
+    assert got + _labels(iterator) == _labels(batches(_numbers(), **options))
+    with pytest.raises(StopIteration):
+        next(iterator)
+
+
+@pytest.mark.parametrize("position", [-1, 6, 1.0, True, "1", None])
+def test_a_position_that_is_none_is_refused(position):
+    iterator = batches(_numbers(), batch_size=4, seed=0, num_epochs=1)
+    state = iterator.get_state()
+    with pytest.raises(ValueError, match="next_batch must be a number in 0 … 5.*got"):
+        iterator.set_state({**state, "next_batch": position})
+    iterator.set_state({**state, "next_batch": 5})
+    assert _labels(iterator) == []
 
 
 def test_splits_of_shapes_share_nothing():
