@@ -35,7 +35,7 @@ class CheckpointCorruptedError(CheckpointError, ValueError):
     def __init__(self, step: int, where: str, reason: str, leaves: tuple[str, ...] = ()):
         self.step, self.leaves = step, leaves
         super().__init__(
-            f"{where} is corrupted: {reason}. Name an earlier step, or none for the newest good one"
+            f"{where} is corrupted: {reason}. Restoring without a step takes the newest good one"
         )
 
 
