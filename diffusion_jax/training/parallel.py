@@ -1,9 +1,15 @@
-"""Devices: runs pure training steps and samplers over a mesh or under pmap."""
+"""Devices: runs pure training steps and samplers over a mesh or under pmap.
+
+In a job of several processes (see `training.processes`) a mesh has the devices of all of them
+unless it is told otherwise. Then every process calls the same functions in the same order, with
+its own part of batch and keys: process p of P has the p-th of P equal parts.
+"""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -13,6 +19,7 @@ from diffusion_jax.training.state import TrainState
 
 Step = Callable[[TrainState, Batch, Key], tuple[TrainState, Metrics]]
 SampleFn = Callable[..., Array]
+State = TypeVar("State")
 
 # Below 64 Ki elements the collectives cost more than the memory that sharding saves.
 MIN_SHARD_SIZE = 2**16
@@ -22,6 +29,8 @@ def make_mesh(
     *, data: int | None = None, fsdp: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
     """A mesh with the axes `data` and `fsdp`; batches are split over both, big leaves over fsdp.
+
+    The devices of a process lie together in it, in the order of the processes.
 
     Args:
       data: devices along `data`; None for all that `fsdp` leaves.
@@ -42,7 +51,13 @@ def make_mesh(
         )
     # Linen layers cannot be differentiated under explicit axis types, the default of jax.
     types = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((rows, fsdp), ("data", "fsdp"), axis_types=types, devices=devices)
+    mesh = jax.make_mesh((rows, fsdp), ("data", "fsdp"), axis_types=types, devices=devices)
+    owners = [device.process_index for device in mesh.devices.flat]
+    if owners != sorted(owners):
+        # An order for the network of the devices, in which parts of a batch would be no blocks.
+        devices = sorted(devices, key=lambda device: device.process_index)
+        mesh = Mesh(np.reshape(devices, (rows, fsdp)), ("data", "fsdp"), axis_types=types)
+    return mesh
 
 
 def _batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -59,11 +74,76 @@ def _check_divisible(tree: Any, count: int) -> None:
         )
 
 
+def _identity(x: Array) -> Array:
+    return x
+
+
+def _on_bits(function: Callable[[Array], Array], x: Array) -> Array:
+    """function(x); keys cannot be cut and copied, the bits in them can."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        bits = function(jax.random.key_data(x))
+        return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(x))
+    return function(x)
+
+
+def _place_over_processes(x: Any, sharding: NamedSharding) -> Array:
+    if not isinstance(x, jax.Array):
+        x = np.asarray(x, jax.dtypes.canonicalize_dtype(np.result_type(x)))
+    elif x.sharding == sharding:
+        return x
+    elif not x.is_fully_addressable:
+        return jax.jit(_identity, out_shardings=sharding)(x)
+
+    # Every process has the whole value and cuts out its own parts, so that nothing is sent.
+    def cut(x):
+        return jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__)
+
+    return _on_bits(cut, x)
+
+
 def _place(tree: Any, shardings: Any) -> Any:
     # Comparing is much cheaper than a device_put per leaf in every step.
     leaves, wanted = jax.tree.leaves(tree), jax.tree.leaves(shardings)
     there = (getattr(x, "sharding", None) == s for x, s in zip(leaves, wanted, strict=True))
-    return tree if all(there) else jax.device_put(tree, shardings)
+    if all(there):
+        return tree
+    if all(sharding.is_fully_addressable for sharding in wanted):
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(_place_over_processes, tree, shardings)
+
+
+def _own_devices(mesh: Mesh) -> int:
+    """How many devices of a mesh over several processes are this process's."""
+    owners = [device.process_index for device in mesh.devices.flat]
+    own = owners.count(jax.process_index())
+    if owners != [process for process in range(jax.process_count()) for _ in range(own)]:
+        raise ValueError(
+            "every process must have one block of the mesh's devices, all blocks equally long and "
+            f"in the order of the processes; this mesh has the devices of {owners}, use make_mesh "
+            "with the same number of devices in every process"
+        )
+    return own
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, *, accumulate: int = 1) -> None:
+    """Checks, before anything is compiled, that a global batch splits without rest.
+
+    Args:
+      batch_size: examples of a batch over all processes.
+      mesh: from `make_mesh`.
+      accumulate: microbatches, as for `make_train_step`.
+
+    Raises:
+      ValueError: if it does not, with the numbers.
+    """
+    parts = mesh.size * accumulate
+    if batch_size < 1 or batch_size % parts:
+        processes = jax.process_count()
+        raise ValueError(
+            f"batch_size {batch_size} does not split over {mesh.size} devices in {processes} "
+            f"process{'es' * (processes > 1)} x {accumulate} microbatches; choose a multiple of "
+            f"{parts}"
+        )
 
 
 def shard_batch(mesh: Mesh, batch: Any) -> Any:
@@ -71,13 +151,23 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
 
     Args:
       mesh: from `make_mesh`.
-      batch: pytree of arrays [B, ...]; also keys [B].
+      batch: pytree of arrays [B, ...]; also keys [B]. On a mesh over P processes these are the
+        process's own rows, and row i of process p is row p·B + i of the result [P·B, ...].
 
     Raises:
-      ValueError: if B is not divisible by the number of devices.
+      ValueError: if B is not divisible by the number of the process's devices, or its devices
+        are no block of the mesh.
     """
-    _check_divisible(batch, mesh.size)
-    return jax.device_put(batch, _batch_sharding(mesh))
+    sharding = _batch_sharding(mesh)
+    if sharding.is_fully_addressable:
+        _check_divisible(batch, mesh.size)
+        return jax.device_put(batch, sharding)
+    _check_divisible(batch, _own_devices(mesh))
+
+    def join(x):
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return jax.tree.map(lambda x: _on_bits(join, x), batch)
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
@@ -114,11 +204,49 @@ def shard_state(mesh: Mesh, state: Any, *, min_shard_size: int = MIN_SHARD_SIZE)
     return _place(state, state_shardings(mesh, state, min_shard_size=min_shard_size))
 
 
+def init_state(
+    function: Callable[..., State], mesh: Mesh, *args: Any, min_shard_size: int = MIN_SHARD_SIZE
+) -> State:
+    """function(*args), computed where its results belong; no device ever holds a split leaf whole.
+
+    Args:
+      function: makes a state or parameter tree, for example from a key.
+      mesh: from `make_mesh`.
+      args: keys and arrays, the same in every process.
+      min_shard_size: elements from which a leaf is split over `fsdp`.
+
+    Returns:
+      the tree, placed as `state_shardings` says.
+    """
+    shapes = jax.eval_shape(function, *args)
+    shardings = state_shardings(mesh, shapes, min_shard_size=min_shard_size)
+    return jax.jit(function, out_shardings=shardings)(*replicate(mesh, args))
+
+
+def to_host(tree: Any) -> Any:
+    """A copy of a tree in numpy arrays; every process gets all of it and must call this.
+
+    Leaves that are split over processes are put together one after the other, so that a device
+    holds one of them whole at a time.
+
+    Args:
+      tree: pytree of arrays, none of them keys.
+    """
+
+    def one(x):
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            x = jax.jit(_identity, out_shardings=NamedSharding(x.sharding.mesh, P()))(x)
+        return np.array(x)
+
+    return jax.tree.map(one, tree)
+
+
 def mesh_train(step: Step, mesh: Mesh, *, min_shard_size: int = MIN_SHARD_SIZE) -> Step:
     """Compiles a step for a mesh.
 
     The returned callable takes ordinary arguments, places them and donates the state: the
-    arrays of a state that was passed in must not be used again.
+    arrays of a state that was passed in must not be used again. Batch and keys are the process's
+    own rows, see `shard_batch`; metrics are the same in every process.
 
     Args:
       step: from `make_train_step` without `axis_name`.
@@ -155,7 +283,8 @@ def mesh_sample(
 
     Args:
       sample_fn: (params, inputs, keys [B], *rest) -> images [B, ...]; `inputs` is a pytree
-        of arrays [B, ...] and `rest` is the same for every image.
+        of arrays [B, ...] and `rest` is the same for every image. On a mesh over several
+        processes inputs and keys are the process's own rows, see `shard_batch`.
       mesh: from `make_mesh`.
       min_shard_size: elements from which a leaf of params is split over `fsdp`.
 
@@ -197,9 +326,14 @@ def pmap_train(
       devices: the devices to use; None for all local ones.
 
     Raises:
-      ValueError: if the step does not average over `axis_name`; when called, if the batch
-        does not split over the devices.
+      ValueError: if the step does not average over `axis_name`, or there are several processes;
+        when called, if the batch does not split over the devices.
     """
+    if jax.process_count() > 1:
+        raise ValueError(
+            "pmap_train averages over the devices of one process only, and this job has "
+            f"{jax.process_count()}; use mesh_train"
+        )
     averaged = getattr(step, "axis_name", axis_name)
     if averaged != axis_name:
         raise ValueError(

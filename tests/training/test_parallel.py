@@ -122,6 +122,42 @@ def test_big_leaves_are_split_over_fsdp_and_small_ones_are_not():
     assert all(leaf.is_fully_replicated for leaf in whole.values())
 
 
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_a_state_is_made_where_it_belongs(fsdp):
+    """Bit for bit what one device makes, with each leaf split as `shard_state` would."""
+
+    def init(key, scale):
+        noise = jax.random.normal(key, (3, 8))
+        return TrainState.create({"w": scale * noise, "b": jnp.zeros(3)}, TX)
+
+    mesh = parallel.make_mesh(fsdp=fsdp)
+    arguments = jax.random.key(3), jnp.float32(0.3)
+    state = parallel.init_state(init, mesh, *arguments, min_shard_size=10)
+    toy.assert_bit_equal(jax.device_get(state), jax.device_get(jax.jit(init)(*arguments)))
+    shardings = parallel.state_shardings(mesh, state, min_shard_size=10)
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding == sharding
+    assert {s.data.shape for s in state.ema["w"].addressable_shards} == {(3, 8 // fsdp)}
+
+
+def test_a_copy_on_the_host_outlives_the_state():
+    tree = parallel.shard_state(parallel.make_mesh(fsdp=2), {"w": jnp.ones((2, 4))})
+    host = parallel.to_host(tree)
+    jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0)(tree)
+    assert type(host["w"]) is np.ndarray and host["w"].flags.owndata
+    np.testing.assert_array_equal(host["w"], np.ones((2, 4)))
+
+
+def test_a_batch_size_that_does_not_split_is_refused_with_its_numbers():
+    mesh = parallel.make_mesh()
+    parallel.check_batch_size(12, mesh, accumulate=3)
+    message = "batch_size 8 does not split over 2 devices in 1 process x 3 microbatches.* of 6$"
+    with pytest.raises(ValueError, match=message):
+        parallel.check_batch_size(8, mesh, accumulate=3)
+    with pytest.raises(ValueError, match="batch_size 0 does not split"):
+        parallel.check_batch_size(0, mesh)
+
+
 def test_mesh_axes():
     assert dict(parallel.make_mesh().shape) == {"data": 2, "fsdp": 1}
     assert dict(parallel.make_mesh(fsdp=2).shape) == {"data": 1, "fsdp": 2}
