@@ -22,11 +22,11 @@ from diffusion_jax.core.types import (
     NoiseLevel,
     Params,
 )
-from diffusion_jax.losses.base import ExampleLoss, averaged
+from diffusion_jax.losses.base import ExampleLoss, ExampleMetrics, averaged
 
 # (params, x0 [B, ...], t [B], labels [B], keys [B, 2]) -> (loss [B], metrics [B] each); the
 # first key of an example is for its noise, the second for dropout.
-ClassifierLoss = Callable[[Params, Array, Array, Array, Key], tuple[Array, Metrics]]
+ClassifierLoss = Callable[[Params, Array, Array, Array, Key], tuple[Array, ExampleMetrics]]
 # (params, x0 [B, ...], labels [B], keys [B]) -> (mean loss [], mean metrics [] each).
 ClassifierMean = Callable[[Params, Array, Array, Key], tuple[Array, Metrics]]
 
@@ -132,7 +132,7 @@ class NoisyCrossEntropy:
 
         def loss(
             params: Params, x0: Array, t: Array, labels: Array, keys: Key
-        ) -> tuple[Array, Metrics]:
+        ) -> tuple[Array, ExampleMetrics]:
             level, x = schedule(t), x0
             if self.noisy:
                 x = add_noise(x0, per_image_normal(keys[:, 0], x0), level)
@@ -147,8 +147,8 @@ def averaged_over_times(example_loss: ClassifierLoss, schedule: NoiseSchedule) -
     """E_t [loss]: one time per example, drawn as the schedule does, and the mean over examples.
 
     Returns:
-      (params, x0 [B, ...], labels [B], keys [B]) -> (loss [], metrics [] each); example i
-      depends on keys[i] alone.
+      (params, x0 [B, ...], labels [B], keys [B]) -> (loss [], metrics [] each, those of
+      `averaged`); example i depends on keys[i] alone.
 
     Source: Dhariwal & Nichol 2021 (arXiv:2105.05233), section 4.1.
     """

@@ -22,13 +22,12 @@ from diffusion_jax.core.schedules import NoiseSchedule
 from diffusion_jax.core.types import (
     Array,
     Key,
-    Metrics,
     Network,
     NoiseLevel,
     Params,
     Prediction,
 )
-from diffusion_jax.losses.base import ExampleLoss
+from diffusion_jax.losses.base import ExampleLoss, ExampleMetrics
 from diffusion_jax.losses.vlb import IMAGE_HALF_BIN, check_decoder, vlb_term
 from diffusion_jax.losses.weights import Uniform, WeightPart
 
@@ -144,7 +143,7 @@ class Hybrid:
 
         def loss(
             params: Params, x0: Array, t: Array, cond: Condition, keys: Key
-        ) -> tuple[Array, Metrics]:
+        ) -> tuple[Array, ExampleMetrics]:
             level = schedule(t)
             eps = per_image_normal(keys[:, 0], x0)
             x = add_noise(x0, eps, level)
@@ -231,7 +230,7 @@ class VLB:
 
         def loss(
             params: Params, x0: Array, t: Array, cond: Condition, keys: Key
-        ) -> tuple[Array, Metrics]:
+        ) -> tuple[Array, ExampleMetrics]:
             level = schedule(t)
             x = add_noise(x0, per_image_normal(keys[:, 0], x0), level)
             output = apply(params, x, level, cond, keys[:, 1])

@@ -10,7 +10,13 @@ import jax.numpy as jnp
 from diffusion_jax.core.condition import Condition
 from diffusion_jax.core.schedules import NoiseSchedule
 from diffusion_jax.core.types import Array, Key, Metrics, Params
-from diffusion_jax.losses.base import DiffusionLoss, ExampleLoss, averaged
+from diffusion_jax.losses.base import (
+    DiffusionLoss,
+    ExampleLoss,
+    averaged,
+    mean_metrics,
+    quarter_of_time,
+)
 
 Observations = dict[str, Array]
 
@@ -138,8 +144,9 @@ class LossAware:
             keys = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
             t, weight = _draw(keys[:, 0], self._tickets(memory))
             values, metrics = example_loss(params, x0, t.astype(jnp.float32), cond, keys[:, 1:])
-            means = {name: jnp.mean(weight * value) for name, value in metrics.items()}
-            return jnp.mean(weight * values), means, {"t": t, "loss": values}
+            quarter = quarter_of_time(schedule, t)
+            metrics = mean_metrics(metrics, weight, loss=values, quarter=quarter)
+            return jnp.mean(weight * values), metrics, {"t": t, "loss": values}
 
         return AdaptiveDiffusionLoss(init, apply, _record)
 

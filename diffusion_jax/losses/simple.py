@@ -11,8 +11,8 @@ from diffusion_jax.core.denoiser import apply_network, network_time
 from diffusion_jax.core.forward import add_noise
 from diffusion_jax.core.parameterization import Parameterization
 from diffusion_jax.core.schedules import NoiseSchedule
-from diffusion_jax.core.types import Array, Key, Metrics, Network, NoiseLevel, Params
-from diffusion_jax.losses.base import ExampleLoss
+from diffusion_jax.core.types import Array, Key, Network, NoiseLevel, Params
+from diffusion_jax.losses.base import ExampleLoss, ExampleMetrics
 from diffusion_jax.losses.weights import Uniform, WeightPart
 
 
@@ -59,7 +59,7 @@ class Simple:
 
         def loss(
             params: Params, x0: Array, t: Array, cond: Condition, keys: Key
-        ) -> tuple[Array, Metrics]:
+        ) -> tuple[Array, ExampleMetrics]:
             level = schedule(t)
             eps = per_image_normal(keys[:, 0], x0)
             output = apply(params, add_noise(x0, eps, level), level, cond, keys[:, 1])

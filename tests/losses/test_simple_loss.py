@@ -135,8 +135,8 @@ def test_network_gets_parameters_time_condition_and_dropout_keys():
     loss = simple(network, CosineLogSNR(), PARAMETERIZATIONS["x0"](), time_input=scaled_time)
     _, keys = data()
     cond = Condition(vector=jnp.ones((4, 1)))
-    value, metrics = loss({"w": 3.0}, jnp.zeros((4, 2)), cond, keys[:4])
-    assert float(value) == 9.0 and dict(metrics) == {}
+    value, _ = loss({"w": 3.0}, jnp.zeros((4, 2)), cond, keys[:4])
+    assert float(value) == 9.0
     assert seen["cond"] is cond
     t = np.asarray(seen["t"])
     assert t.shape == (4,) and t.min() >= 0 and t.max() > 1 and t.max() <= 1000

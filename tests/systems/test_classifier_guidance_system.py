@@ -121,7 +121,8 @@ def test_the_classifier_stage_trains_on_noisy_images_and_draws_nothing():
     loss, metrics = stage.loss(params, batch, KEYS)
     # A new classifier is uniform over the three classes.
     np.testing.assert_allclose(loss, np.log(3), rtol=1e-6)
-    assert set(metrics) == {"accuracy"} and stage.sample is None
+    assert set(metrics) == {"accuracy", *(f"loss_q{k}" for k in range(4))}
+    assert stage.sample is None
     with pytest.raises(ValueError, match="expected images of shape"):
         stage.loss(params, {"image": jnp.zeros((4, 3, 3, 1)), **LABELS}, KEYS)
 
