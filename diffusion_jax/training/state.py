@@ -9,6 +9,7 @@ import optax
 from diffusion_jax.core import struct
 from diffusion_jax.core.params import by_glob, merge, partition
 from diffusion_jax.core.types import AdaptiveLoss, Array, LossFn, Params
+from diffusion_jax.training.guard import Guard, GuardState
 
 
 @struct.dataclass
@@ -16,12 +17,13 @@ class TrainState:
     """State of a run; average and optimizer moments exist for the trainable leaves only.
 
     Attributes:
-      step: [] int32, number of updates done.
+      step: [] int32, number of updates done, those that a guard left out included.
       trainable: subtree of the parameters that is optimized.
       frozen: the other parameters; no step changes them.
       ema: moving average, a tree like `trainable`.
       opt_state: state of the optimizer for `trainable`.
       loss_state: memory of an `AdaptiveLoss`, empty for other losses.
+      guard_state: memory of a guard that watches, empty otherwise.
     """
 
     step: Array
@@ -30,6 +32,7 @@ class TrainState:
     ema: Params
     opt_state: Any
     loss_state: Any = ()
+    guard_state: GuardState | tuple[()] = ()
 
     @classmethod
     def create(
@@ -39,6 +42,7 @@ class TrainState:
         *,
         trainable: tuple[str, ...] = ("**",),
         loss: LossFn | AdaptiveLoss | None = None,
+        guard: Guard = Guard(),
     ) -> "TrainState":
         """A state at step 0 whose average equals the parameters.
 
@@ -49,6 +53,7 @@ class TrainState:
           tx: optimizer.
           trainable: globs of the leaves to train, see `core.params.by_glob`.
           loss: gives the memory to start from if it is an `AdaptiveLoss`; others have none.
+          guard: the one that the step is made with.
 
         Raises:
           ValueError: if a pattern matches no leaf.
@@ -63,7 +68,15 @@ class TrainState:
             ema=jax.tree.map(jnp.copy, selected),
             opt_state=tx.init(selected),
             loss_state=jax.tree.map(jnp.array, memory),
+            guard_state=guard.init(),
         )
+
+    @property
+    def applied(self) -> Array:
+        """Number of updates that were applied, [] int32."""
+        if isinstance(self.guard_state, GuardState):
+            return self.step - self.guard_state.skipped
+        return self.step
 
     @property
     def params(self) -> Params:

@@ -1,6 +1,7 @@
 """The training step: a pure function of state, batch and keys that knows no device."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,10 @@ from diffusion_jax.core.arrays import image_keys
 from diffusion_jax.core.params import merge
 from diffusion_jax.core.types import AdaptiveLoss, Array, Batch, Key, LossFn, Metrics, Params
 from diffusion_jax.training.ema import EMA
+from diffusion_jax.training.guard import Guard, GuardState
 from diffusion_jax.training.state import TrainState
 
-RESERVED_METRICS = ("loss", "grad_norm")
+RESERVED_METRICS = ("loss", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row")
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")
@@ -83,13 +85,23 @@ def _check_memory(loss: LossFn | AdaptiveLoss, memory: Any) -> None:
         )
 
 
+def _check_guard(guard: Guard, memory: Any) -> None:
+    if guard.watches != isinstance(memory, GuardState):
+        has = "a memory of one" if isinstance(memory, GuardState) else "no memory of one"
+        raise ValueError(
+            f"the step has {guard}, but the state has {has}; make the state with "
+            "TrainState.create(..., guard=guard), guard being the one that the step is made with"
+        )
+
+
 # Compared by identity, since a loss may hold arrays, whose comparison is no truth value.
 @dataclass(frozen=True, eq=False)
 class TrainStep:
     """What `make_train_step` returns; called as step(state, batch, keys).
 
     Attributes:
-      loss, tx, ema, accumulate, axis_name: the arguments of `make_train_step`.
+      loss, tx, ema, accumulate, axis_name, learning_rate, guard: the arguments of
+        `make_train_step`.
     """
 
     loss: LossFn | AdaptiveLoss
@@ -97,6 +109,8 @@ class TrainStep:
     ema: EMA
     accumulate: int = 1
     axis_name: str | None = None
+    learning_rate: Callable[[Array], Array] | None = None
+    guard: Guard = Guard()
 
     def _loss(
         self, params: Params, batch: Batch, keys: Key, *, memory: Any
@@ -154,32 +168,61 @@ class TrainStep:
           keys: [B], see `step_keys`.
 
         Returns:
-          (state, metrics): the next state, and scalars: the mean loss, the global norm of the
-          gradient before clipping, and the loss function's own, all at the old parameters.
+          (state, metrics): the next state, and means over the batch: the loss, the global norm
+          of the gradient before clipping, and the loss function's own, all at the old parameters.
+          With `learning_rate` also the rate of this update, and with a guard that watches
+          `skipped`, 1 if the update was left out and else 0, and `skipped_in_a_row`, the number
+          left out up to here.
 
         Raises:
           ValueError: if batch and keys differ in length, the batch does not split into
-            microbatches, the state has no memory that fits the loss, or the loss function
-            names a metric `loss` or `grad_norm`.
+            microbatches, the state has no memory that fits loss and guard, or the loss
+            function names a metric of `RESERVED_METRICS`.
         """
         _check_batch(batch, keys, self.accumulate)
         _check_memory(self.loss, state.loss_state)
+        _check_guard(self.guard, state.guard_state)
         gradient = self._gradient if self.accumulate == 1 else self._accumulated
         (grads, metrics), observations = gradient(state, batch, keys)
         if self.axis_name is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), self.axis_name)
+        metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
+        if self.learning_rate is not None:
+            metrics["learning_rate"] = self.learning_rate(state.applied)
+        after = self._updated(state, grads, observations)
+        if isinstance(state.guard_state, GuardState):
+            return self._guarded(state, after, metrics)
+        return after, metrics
+
+    def _updated(self, state: TrainState, grads: Params, observations: Any) -> TrainState:
         updates, opt_state = self.tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        step = state.step + 1
-        ema = self.ema.update(state.ema, trainable, step)
-        state = state.replace(
-            step=step,
+        return state.replace(
+            step=state.step + 1,
             trainable=trainable,
-            ema=ema,
+            ema=self.ema.update(state.ema, trainable, state.applied + 1),
             opt_state=opt_state,
             loss_state=self._remembered(state.loss_state, observations),
         )
-        return state, {**metrics, "grad_norm": optax.tree.norm(grads)}
+
+    def _guarded(
+        self, before: TrainState, after: TrainState, metrics: Metrics
+    ) -> tuple[TrainState, Metrics]:
+        """`after`, or `before` with one step more if the update is bad."""
+        # Loss and gradient are means over all devices by now, so that they decide alike.
+        norm = metrics["grad_norm"]
+        bad = self.guard.is_bad(before.guard_state, metrics["loss"], norm)
+        kept = {
+            name: jax.tree.map(
+                lambda old, new: jnp.where(bad, old, new),
+                getattr(before, name),
+                getattr(after, name),
+            )
+            for name in ("trainable", "ema", "opt_state", "loss_state")
+        }
+        memory = self.guard.update(before.guard_state, norm, bad)
+        skipped = {"skipped": bad.astype(jnp.float32), "skipped_in_a_row": memory.in_a_row}
+        return after.replace(guard_state=memory, **kept), {**metrics, **skipped}
 
 
 def make_train_step(
@@ -189,22 +232,35 @@ def make_train_step(
     ema: EMA,
     accumulate: int = 1,
     axis_name: str | None = None,
+    learning_rate: Callable[[Array], Array] | None = None,
+    guard: Guard = Guard(),
 ) -> TrainStep:
     """A pure step (state, batch, keys [B]) -> (state, metrics); only trainable leaves move.
 
     Args:
-      loss: mean over the examples of a batch, with scalar metrics that are means too. The
-        memory of an `AdaptiveLoss` is in the state; all microbatches and devices use it as it
-        was before the step, and it is updated once, with the whole batch in order.
+      loss: mean over the examples of a batch, with metrics that are means too, or a `Ratio`
+        of two. The memory of an `AdaptiveLoss` is in the state; all microbatches and devices use
+        it as it was before the step, and it is updated once, with the whole batch in order.
       tx: optimizer, the one that the state was created with.
       ema: moving average of the trainable leaves.
       accumulate: microbatches that a batch is split into; the gradient is that of the whole
         batch up to rounding, and memory for activations falls by this factor.
       axis_name: axis to average gradients and metrics over, for `pmap_train`; None on a mesh.
+      learning_rate: [] int32 number of updates that were applied -> [] rate of the next one, to
+        be reported, for example `Optimizer.learning_rate_at`; None to report none.
+      guard: which updates are left out; the state must be created with the same one.
 
     Raises:
       ValueError: if `accumulate` < 1.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, got {accumulate}")
-    return TrainStep(loss=loss, tx=tx, ema=ema, accumulate=accumulate, axis_name=axis_name)
+    return TrainStep(
+        loss=loss,
+        tx=tx,
+        ema=ema,
+        accumulate=accumulate,
+        axis_name=axis_name,
+        learning_rate=learning_rate,
+        guard=guard,
+    )

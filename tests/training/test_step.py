@@ -8,7 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+from diffusion_jax.core.part_mean import Ratio
+from diffusion_jax.training import parallel
 from diffusion_jax.training.ema import EMA
+from diffusion_jax.training.optimizer import Optimizer
 from diffusion_jax.training.state import TrainState
 from diffusion_jax.training.step import make_train_step, step_keys
 from tests.training import toy
@@ -80,14 +83,54 @@ def test_a_batch_that_does_not_fit_is_refused():
         jax.eval_shape(step, state, toy.batch(size=6), keys)
 
 
-def test_metric_names_of_the_step_are_reserved():
+@pytest.mark.parametrize("name", ["grad_norm", "learning_rate", "skipped_in_a_row"])
+def test_metric_names_of_the_step_are_reserved(name):
     def loss(params, batch, keys):
         value, metrics = toy.loss(params, batch, keys)
-        return value, {**metrics, "grad_norm": jnp.zeros(())}
+        return value, {**metrics, name: jnp.zeros(())}
 
     step, state = _bare_step(loss)
-    with pytest.raises(ValueError, match=r"\['grad_norm'\]; rename"):
+    with pytest.raises(ValueError, match=rf"\['{name}'\]; rename"):
         jax.eval_shape(step, state, toy.batch(), step_keys(jax.random.key(0), 0, toy.BATCH))
+
+
+def _parts_loss(params, batch, keys):
+    """The toy's loss, and the mean of x over the examples where it is positive."""
+    value, _ = toy.loss(params, batch, keys)
+    x = batch["x"][:, 0]
+    part = x > 0
+    return value, {"part": Ratio(jnp.mean(jnp.where(part, x, 0.0)), jnp.mean(part * 1.0))}
+
+
+@pytest.mark.parametrize("form", ["accumulate", "mesh", "pmap"])
+def test_a_mean_over_part_of_the_batch_is_one_however_it_is_split(form):
+    """Each half holds another number of positive examples."""
+    tx, batch = optax.sgd(RATE), toy.batch()
+    batch["x"][:, 0] = [1.0, 2.0, -3.0, 6.0]
+    make = functools.partial(make_train_step, _parts_loss, tx, ema=EMA())
+    run = {
+        "accumulate": lambda: jax.jit(make(accumulate=2)),
+        "mesh": lambda: parallel.mesh_train(make(accumulate=2), parallel.make_mesh()),
+        "pmap": lambda: parallel.pmap_train(make(axis_name="data")),
+    }[form]()
+    keys = step_keys(jax.random.key(1), 0, toy.BATCH)
+    _, metrics = run(TrainState.create(toy.params(), tx), batch, keys)
+    total, count = metrics["part"]
+    np.testing.assert_allclose([total, count, total / count], [9 / 4, 3 / 4, 3.0], rtol=1e-6)
+
+
+def test_the_learning_rate_is_that_of_the_update():
+    config = Optimizer(name="sgd", b1=0.0, learning_rate=RATE, schedule="linear", total_steps=4)
+    tx = config.build()
+    step = make_train_step(toy.loss, tx, ema=EMA(), learning_rate=config.learning_rate_at)
+    state, run, rates, keys = TrainState.create(toy.params(), tx), jax.jit(step), [], None
+    for n in range(3):
+        before, keys = state.trainable, step_keys(jax.random.key(0), n, toy.BATCH)
+        state, metrics = run(state, toy.batch(n), keys)
+        moved = optax.tree.norm(jax.tree.map(jnp.subtract, state.trainable, before))
+        # The optimizer clips the gradient to the norm 1.
+        rates.append((metrics["learning_rate"], moved / min(1.0, metrics["grad_norm"])))
+    np.testing.assert_allclose(rates, [[r, r] for r in (0.1, 0.075, 0.05)], rtol=1e-4)
 
 
 def test_accumulate_below_one_is_refused():
