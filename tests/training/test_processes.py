@@ -193,9 +193,12 @@ def test_sharding_over_four_devices_takes_a_quarter_of_the_memory(one):
         assert size <= a < size + 2048 and size / 4 <= b < size / 4 + 2048
 
 
-def test_states_and_batches_are_placed_over_processes(job):
+def test_states_batches_and_images_are_where_they_belong(job):
     whole = np.arange(32, dtype=np.float32).reshape(4, 8)
-    keys = np.asarray(jax.random.key_data(worker.step_keys(jax.random.key(3), 0, 4)))
+    keys = worker.step_keys(jax.random.key(3), 0, 4)
+    noise = np.stack([jax.random.normal(key, (2,)) for key in keys])
+    images = 3 * noise + 1 + np.arange(4)[:, None]
+    keys = np.asarray(jax.random.key_data(keys))
     for index, each in enumerate(job):
         seen = each.said("placement")
         columns = [whole[:, 2 * d : 2 * d + 2].tolist() for d in (2 * index, 2 * index + 1)]
@@ -205,6 +208,8 @@ def test_states_and_batches_are_placed_over_processes(job):
         assert seen["number"] == "float32" and seen["own_mesh"]
         assert seen["key"] == jax.random.key_data(jax.random.key(5)).tolist()
         assert seen["keys"] == [[keys[2 * index].tolist()], [keys[2 * index + 1].tolist()]]
+        drawn = np.concatenate(seen["images"])
+        np.testing.assert_allclose(drawn, images[2 * index : 2 * index + 2], rtol=1e-5)
 
 
 def test_what_does_not_fit_the_processes_is_refused(job):

@@ -118,6 +118,11 @@ def agreement():
     }
 
 
+def _draw(params, inputs, keys, scale):
+    noise = jax.vmap(lambda key: jax.random.normal(key, (2,)))(keys)
+    return scale * noise + params + inputs["shift"][:, None]
+
+
 def placement():
     """States placed from every kind of array, batches in order, and what is refused."""
     mesh, whole = parallel.make_mesh(fsdp=4), np.arange(32, dtype=np.float32).reshape(4, 8)
@@ -129,6 +134,8 @@ def placement():
     back = parallel.replicate(mesh, split)
     keys = step_keys(jax.random.key(3), 0, 2, offset=2 * jax.process_index())
     global_keys = parallel.shard_batch(mesh, keys)
+    draw = parallel.mesh_sample(_draw, mesh)
+    shifts = np.float32(2 * jax.process_index()) + np.arange(2, dtype=np.float32)
     local = parallel.make_mesh(devices=jax.local_devices())
     mixed = [jax.devices()[index] for index in (2, 0, 3, 1)]
     sorted_mesh = parallel.make_mesh(devices=mixed)
@@ -143,6 +150,7 @@ def placement():
         "number": str(parallel.replicate(mesh, 0.5).dtype),
         "key": jax.random.key_data(parallel.replicate(mesh, jax.random.key(5))).tolist(),
         "keys": [jax.random.key_data(s.data).tolist() for s in global_keys.addressable_shards],
+        "images": values(draw(np.ones((1, 2)), {"shift": shifts}, keys, 3.0)),
         "own_mesh": parallel.shard_batch(local, np.arange(2)).is_fully_addressable,
         "order": _message(lambda: parallel.shard_batch(foreign, np.zeros(2))),
         "rows": _message(lambda: parallel.shard_batch(mesh, np.zeros(3))),
