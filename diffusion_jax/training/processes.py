@@ -132,7 +132,8 @@ def initialize(config: Processes) -> None:
 
     SIGTERM means from then on that the job is about to end, see `reached_preemption`. A process
     that is killed or ends by an error makes jax abort the others (SIGABRT, exit code 134 in a
-    shell) after at most about `heartbeat_seconds`; to start the job again is up to its launcher.
+    shell) after at most about `heartbeat_seconds`, and one that finds no process 0 in 5 minutes
+    is aborted too; to start the job again is up to its launcher.
 
     Raises:
       ValueError: if a launcher was named, or started several processes, whose environment is
