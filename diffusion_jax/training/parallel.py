@@ -88,9 +88,7 @@ def _on_bits(function: Callable[[Array], Array], x: Array) -> Array:
 
 def _place_over_processes(x: Any, sharding: NamedSharding) -> Array:
     if not isinstance(x, jax.Array):
-        x = np.asarray(x, jax.dtypes.canonicalize_dtype(np.result_type(x)))
-    elif x.sharding == sharding:
-        return x
+        x = np.asarray(x)
     elif not x.is_fully_addressable:
         return jax.jit(_identity, out_shardings=sharding)(x)
 
