@@ -1,5 +1,6 @@
 """Batches of a source that can be left and taken up again exactly."""
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,10 +52,16 @@ class _Rows:
         return batch
 
 
+def _end(running: list[Any]) -> None:
+    while running:
+        running.pop().close()
+
+
 class Batches(Iterator[Batch]):
     """Batches of a source, made by `batches`: a `DataIterator` with an exact position.
 
-    After an exception, Ctrl-C included, it stands before the batch that did not come.
+    After an exception, Ctrl-C included, it stands before the batch that did not come. Its threads
+    and worker processes end with it.
     """
 
     def __init__(
@@ -68,36 +75,39 @@ class Batches(Iterator[Batch]):
     ):
         self._rows, self._source, self._identity = rows, source, dict(identity)
         self._num_threads, self._num_workers = num_threads, num_workers
-        self._next, self._iterator = 0, None
+        self._next = 0
+        # The iterator under way, if any, in a list, so that this can end it without this object:
+        # at the end of a program too, while there still is what ending it needs.
+        self._running: list[Any] = []
+        weakref.finalize(self, _end, self._running)
 
     def __next__(self) -> Batch:
         if self._next == len(self._rows):
             self.close()
             raise StopIteration
-        if self._iterator is None:
-            self._iterator = read_ahead(
+        if not self._running:
+            iterator = read_ahead(
                 self._rows,
                 self._next,
                 num_threads=self._num_threads,
                 num_workers=self._num_workers,
             )
+            self._running.append(iterator)
         try:
-            batch = next(self._iterator)
+            batch = next(self._running[0])
         except BaseException:
             # What is read ahead would go on behind the batch that failed.
             self.close()
             raise
         self._next += 1
+        if self._num_workers:
+            # Out of shared memory, of which containers have little, and which a kept batch holds.
+            return {key: np.array(value) for key, value in batch.items()}
         return batch
-
-    def __del__(self):
-        self.close()
 
     def close(self) -> None:
         """Ends threads and worker processes; the next batch, if one is wanted, starts new ones."""
-        iterator, self._iterator = getattr(self, "_iterator", None), None
-        if iterator is not None:
-            iterator.close()
+        _end(self._running)
 
     @property
     def bad_examples(self) -> int | None:

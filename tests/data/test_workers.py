@@ -40,15 +40,16 @@ def _workers():
 
 
 def test_batches_and_positions_do_not_depend_on_the_number_of_workers():
-    """Over the ends of epochs, with positions handed on from two workers to none to three.
+    """Over the ends of epochs, with positions handed on from two workers to none to one.
 
     In a program that has not parsed the flags of absl, such as a notebook, and while the workers
     get the signals that end the main process.
     """
     expected = _take(batches(_numbers(), **OPTIONS), 14)
     flags.FLAGS.unparse_flags()
-    two, none, three = (batches(_numbers(), **OPTIONS, num_workers=n) for n in (2, 0, 3))
-    _equal(_take(two, 5), expected[:5])
+    two, none, one = (batches(_numbers(), **OPTIONS, num_workers=n) for n in (2, 0, 1))
+    _equal(found := _take(two, 5), expected[:5])
+    assert {type(value) for batch in found for value in batch.values()} == {np.ndarray}
     assert len(_workers()) == 2 and two.bad_examples is None
     for worker, number in itertools.product(_workers(), (signal.SIGINT, signal.SIGTERM)):
         os.kill(worker.pid, number)
@@ -57,13 +58,14 @@ def test_batches_and_positions_do_not_depend_on_the_number_of_workers():
     _equal(_take(two, 5), expected[5:10])
     del two
     assert not _workers()
-    three.set_state(none.get_state())
-    _equal(_take(three, 6), expected[8:14])
-    assert three.get_state() == {**none.get_state(), "next_batch": 14}
-    three.close()
+    one.set_state(none.get_state())
+    _equal(_take(one, 6), expected[8:14])
+    assert one.get_state() == {**none.get_state(), "next_batch": 14}
+    one.close()
     assert not _workers()
 
 
+@pytest.mark.slow
 def test_all_batches_of_an_epoch_come_and_then_the_workers_go():
     options = {**OPTIONS, "batch_size": 2, "num_epochs": 1}
     found = list(batches(_numbers(), **options, num_workers=2))
@@ -71,6 +73,7 @@ def test_all_batches_of_an_epoch_come_and_then_the_workers_go():
     assert len(found) == 5 and not _workers()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_an_error_after_which_one_can_go_on():
     expected = _take(batches(_numbers(), **OPTIONS), 40)
     iterator = batches(_numbers(), **OPTIONS, num_workers=1)
@@ -84,6 +87,7 @@ def test_a_killed_worker_is_an_error_after_which_one_can_go_on():
     iterator.close()
 
 
+@pytest.mark.slow
 def test_what_a_worker_finds_wrong_is_raised_here():
     images = np.full((6, 2, 2, 1), 3.0, np.float32)
     with pytest.raises(ValueError, match=r"batch 0: 'image' .*\[3, 3\]"):
@@ -109,30 +113,42 @@ def test_a_source_that_cannot_be_sent_is_refused_at_once():
 
 
 PROGRAM = """
-import multiprocessing, time
+import multiprocessing, sys, time
 from tests.data.test_workers import OPTIONS, _numbers, batches
 
 if __name__ == "__main__":
     iterator = batches(_numbers(), **OPTIONS, num_workers=1)
-    next(iterator)
+    batch = next(iterator)
     print(multiprocessing.active_children()[0].pid, flush=True)
-    time.sleep(60)
+    time.sleep(float(sys.argv[1]))
 """
 
 
-def test_workers_end_with_a_main_process_that_was_killed(tmp_path, request):
-    (tmp_path / "program.py").write_text(PROGRAM)
-    main = subprocess.Popen(
-        [sys.executable, tmp_path / "program.py"],
+def _program(folder, request, seconds):
+    (folder / "program.py").write_text(PROGRAM)
+    return subprocess.Popen(
+        [sys.executable, folder / "program.py", str(seconds)],
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # what is left for multiprocessing to clean up
+        stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(request.config.rootpath)},
     )
+
+
+@pytest.mark.slow
+def test_a_program_may_end_without_closing(tmp_path, request):
+    main = _program(tmp_path, request, seconds=0)
+    output, errors = main.communicate(timeout=60)
+    assert int(output) and (main.returncode, errors) == (0, b"")
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_main_process_that_was_killed(tmp_path, request):
+    main = _program(tmp_path, request, seconds=60)
     worker = int(main.stdout.readline())
     main.kill()
     try:
         # The worker has the same output, which ends when both have.
-        assert main.communicate(timeout=20) == (b"", None)
+        assert main.communicate(timeout=20)[0] == b""
     except subprocess.TimeoutExpired:
         os.kill(worker, signal.SIGKILL)
         raise
