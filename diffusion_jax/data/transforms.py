@@ -1,4 +1,4 @@
-"""Image arrays on the host: ranges, sizes, flips, contact sheets and the first-batch check."""
+"""Image arrays on the host: ranges, sizes, flips, contact sheets and the checks of batches."""
 
 import numpy as np
 
@@ -103,7 +103,7 @@ def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 def check_images(images: np.ndarray, *, name: str = "image") -> None:
-    """The first-batch check: NHWC float32, finite, within [-1, 1].
+    """Checks that a batch of images is NHWC float32, finite, within [-1, 1].
 
     Args:
       images: what the data pipeline gave for one batch.
@@ -125,13 +125,15 @@ def check_images(images: np.ndarray, *, name: str = "image") -> None:
         raise ValueError(f"{expected}; got uint8: apply data.transforms.to_float")
     if images.dtype != np.float32:
         raise ValueError(f"{expected}; got {images.dtype}: convert with astype(np.float32)")
+    low, high = float(images.min()), float(images.max())
+    # NaN is the least and the greatest of what it is in, and in no range.
+    if low >= -1.0 and high <= 1.0:
+        return
     bad = int((~np.isfinite(images)).sum())
     if bad:
         raise ValueError(f"{expected}; {bad} of {images.size} values are NaN or infinite")
-    low, high = float(images.min()), float(images.max())
-    if low < -1.0 or high > 1.0:
-        hint = "; divide by 127.5 and subtract 1" if low >= 0.0 and high > 2.0 else ""
-        raise ValueError(f"{expected}; values span [{low:.4g}, {high:.4g}]{hint}")
+    hint = "; divide by 127.5 and subtract 1" if low >= 0.0 and high > 2.0 else ""
+    raise ValueError(f"{expected}; values span [{low:.4g}, {high:.4g}]{hint}")
 
 
 def check_labels(labels: np.ndarray, num_classes: int) -> None:

@@ -1,4 +1,4 @@
-"""Ranges, sizes, flips, contact sheets and the first-batch check."""
+"""Ranges, sizes, flips, contact sheets and the checks of batches."""
 
 import numpy as np
 import pytest
@@ -78,6 +78,12 @@ def test_image_grid_places_images_row_by_row():
 GOOD = np.zeros((2, 8, 8, 3), np.float32)
 
 
+def _with(value):
+    images = GOOD.copy()
+    images[1, 3, 4, 2] = value
+    return images
+
+
 @pytest.mark.parametrize(
     "images, message",
     [
@@ -87,6 +93,9 @@ GOOD = np.zeros((2, 8, 8, 3), np.float32)
         (GOOD.astype(np.uint8), "to_float"),
         (GOOD.astype(np.float64), "float64"),
         (GOOD + np.float32(np.nan), "384 of 384"),
+        (_with(-np.inf), "1 of 384 values"),
+        (_with(np.nan), "1 of 384 values"),
+        (_with(-1.01), "-1.01"),
         (GOOD + np.float32(1.01), "1.01"),
         (np.linspace(0, 255, 384, dtype=np.float32).reshape(2, 8, 8, 3), "divide by 127.5"),
     ],
