@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -95,11 +96,24 @@ def test_batches_do_not_depend_on_threads_or_on_where_a_run_started():
     assert [source.num_bad for source in sources[:2]] == [4, 4]
 
 
-def test_threads_count_each_example_once():
-    source = SkipBad(Numbers(200, 10, 11), limit=0.5)
-    with pytest.warns(UserWarning) as caught, ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda _: int(source[10]["label"]), range(64))) == [12] * 64
-    assert source.num_bad == len(caught) == 2
+class Together(Numbers):
+    """Two threads meet in a bad example before either knows that it is bad."""
+
+    def __init__(self, count, *bad):
+        super().__init__(count, *bad)
+        self.meeting = threading.Barrier(2, timeout=10)
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            self.meeting.wait()
+        return super().__getitem__(index)
+
+
+def test_threads_count_an_example_once():
+    source = SkipBad(Together(8, 3), limit=0.5)
+    with pytest.warns(UserWarning) as caught, ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda index: int(source[index]["label"]), [3, 3])) == [4, 4]
+    assert source.num_bad == len(caught) == 1
 
 
 def test_the_count_is_reported_and_the_first_example_may_be_bad():

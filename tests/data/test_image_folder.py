@@ -104,6 +104,10 @@ BROKEN = {
         _file(Image.fromarray(np.full((4, 4), 999, np.uint16)), "TIFF").getvalue(),
         "8 bits a channel",
     ),
+    "32 bit TIFF": (
+        _file(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF").getvalue(),
+        "8 bits a channel",
+    ),
     # To a side of 8 this would be 8 x 6,400,000 pixels, and more than memory has to a side of 512.
     "line": (_png(800_000, 1, bits=8, colour=0), "800000x1 pixels.*crop it"),
     "huge": (_png(20_000, 20_000, bits=8, colour=0), "pixels|Bomb"),
