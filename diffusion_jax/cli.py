@@ -12,7 +12,9 @@ import tyro
 from diffusion_jax.commands.bench_plan import Benchmark, find_benchmark
 from diffusion_jax.configuration import TABLES
 from diffusion_jax.experiment import EXPERIMENTS, Experiment, find, find_stages, run_configs
+from diffusion_jax.io.checkpoint_errors import CheckpointError
 from diffusion_jax.systems.parts import SWITCHES
+from diffusion_jax.training.processes import Processes, initialize
 
 USAGE = f"""usage: diffusion-jax COMMAND …
 
@@ -46,19 +48,27 @@ Config = Annotated[Experiment, tyro.conf.arg(name="")]
 
 @dataclass(frozen=True)
 class Train:
-    """Trains an experiment, going on from the newest checkpoint.
+    """Trains an experiment, going on from the newest good checkpoint.
+
+    SIGTERM lets the update under way finish, saves a checkpoint and exits with 143; a second one
+    exits at once. The same holds for Ctrl-C, with 130.
 
     Attributes:
-      workdir: where configuration, checkpoints and logs go.
+      workdir: where configuration, checkpoints and logs go; every process must see it.
+      processes: how several processes of one job find each other.
+      trace: trace five updates with jax.profiler into WORKDIR/trace.
     """
 
     config: Config
     workdir: Path
+    processes: Processes = Processes()
+    trace: bool = False
 
     def run(self) -> int:
         from diffusion_jax.commands.train import train
 
-        train(self.config, self.workdir)
+        initialize(self.processes)
+        train(self.config, self.workdir, trace=self.trace)
         return 0
 
 
@@ -75,7 +85,12 @@ class TrainStages:
     workdir: Path
 
     def run(self) -> int:
-        return max(Train(config, self.workdir).run() for config in self.configs)
+        from diffusion_jax.commands.train import train
+
+        initialize(Processes())
+        for config in self.configs:
+            train(config, self.workdir)
+        return 0
 
 
 @dataclass(frozen=True)
@@ -515,7 +530,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = parse(arguments)
         return command.run()
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:

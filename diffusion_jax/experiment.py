@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -16,6 +16,7 @@ from diffusion_jax.features import FeaturesPart, PixelFeatures
 from diffusion_jax.io.files import write_text
 from diffusion_jax.systems import SYSTEMS
 from diffusion_jax.training.ema import EMA
+from diffusion_jax.training.guard import Guard
 from diffusion_jax.training.optimizer import Optimizer
 
 # The experiments that ship with the package; a string names one of these or a file.
@@ -28,16 +29,21 @@ class Training:
 
     Attributes:
       num_steps: optimizer steps.
-      batch_size: examples a step, over all devices of this process.
+      batch_size: examples a step, over all devices of all processes.
       seed: of initial parameters, data order and noise.
       stage: which stage of the system.
       trainable: globs over parameter paths; everything else stays frozen.
       ema: averaging of the trainable parameters.
       accumulate: microbatches a step.
+      guard: which updates are bad, and how many of them may be skipped.
       flip: mirror images at random.
+      on_bad_example: "raise" stops at a picture that cannot be read, "skip" takes the next one.
+      num_workers: processes that read data, in every process that trains; 0 reads in threads.
+      fsdp: devices that parameters, averages and optimizer moments are split over.
       log_every, eval_every, checkpoint_every: in steps; 0 turns the sample grids off.
       max_to_keep: checkpoints kept.
       tensorboard: also write TensorBoard events (needs the extra "logging").
+      wandb: also log to this project of Weights & Biases (needs the extra "logging").
 
     Raises:
       ValueError: if a number is out of range.
@@ -50,19 +56,26 @@ class Training:
     trainable: tuple[str, ...] = ("**",)
     ema: EMA = EMA()
     accumulate: int = 1
+    guard: Guard = Guard()
     flip: bool = False
+    on_bad_example: Literal["raise", "skip"] = "raise"
+    num_workers: int = 0
+    fsdp: int = 1
     log_every: int = 100
     eval_every: int = 0
     checkpoint_every: int = 1000
     max_to_keep: int = 2
     tensorboard: bool = False
+    wandb: str | None = None
 
     def __post_init__(self):
-        for name in ("num_steps", "batch_size", "accumulate", "log_every", "checkpoint_every"):
+        positive = ("num_steps", "batch_size", "accumulate", "log_every", "checkpoint_every")
+        for name in (*positive, "max_to_keep", "fsdp"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.eval_every < 0:
-            raise ValueError(f"eval_every must be at least 0, got {self.eval_every}")
+        for name in ("eval_every", "num_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}"

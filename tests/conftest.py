@@ -12,17 +12,12 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from absl import flags  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests that count compilations must see every one of them, whatever the user has configured.
 jax.config.update("jax_enable_compilation_cache", False)
 # The tests compile much and compute little: quick compilation to slow code is the better half.
 jax.config.update("jax_disable_most_optimizations", True)
-
-# Worker processes of grain read absl flags, which only an absl program parses.
-if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -137,7 +137,9 @@ def guidance_curves(path: Path, rows: Mapping[str, Mapping[str, float]]) -> None
 def loss_curve(path: Path, metrics: Path) -> None:
     """Training loss against step, out of a run's metrics.jsonl."""
     plt = pyplot()
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = metrics.read_text().splitlines(keepends=True)
+    # A last line without an end was cut off by a kill or a full disk.
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
     rows = [row for row in rows if row.get("loss") is not None]
     figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
     ax.plot([row["step"] for row in rows], [row["loss"] for row in rows])

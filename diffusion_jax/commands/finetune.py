@@ -3,25 +3,27 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
+from diffusion_jax.commands.run import checkpoints, open_loggers, readable
 from diffusion_jax.core.lora import ATTENTION, init_lora, merge_lora
-from diffusion_jax.core.types import Params
+from diffusion_jax.core.types import Logger, Params
+from diffusion_jax.data.batching import batches
 from diffusion_jax.data.cache import precompute
-from diffusion_jax.data.pipeline import TFDS, Cached, Folder, WebDataset, batches
+from diffusion_jax.data.pipeline import TFDS, Cached, Folder, WebDataset
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.text import Tokenized
 from diffusion_jax.data.tfds_source import open_prepared
 from diffusion_jax.data.transforms import image_grid
-from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.io.files import write_text
-from diffusion_jax.io.loggers import JSONLLogger, StdoutLogger
 from diffusion_jax.io.shards import read_json
 from diffusion_jax.pretrained import Pipeline, from_pretrained, save_lora, save_pretrained
 from diffusion_jax.pretrained.calls.stable_diffusion import denoise_phase
@@ -29,16 +31,35 @@ from diffusion_jax.pretrained.schedulers import beta_schedule
 from diffusion_jax.systems.fine_tuning import FineTuning
 from diffusion_jax.systems.latent_diffusion import EncodeImage, EncodeTexts
 from diffusion_jax.training.ema import EMA
-from diffusion_jax.training.loop import LoopConfig, fit
+from diffusion_jax.training.guard import Guard
+from diffusion_jax.training.loop import LoopConfig, OnEval, fit
 from diffusion_jax.training.optimizer import Optimizer
-from diffusion_jax.training.parallel import make_mesh, mesh_train
+from diffusion_jax.training.parallel import (
+    check_batch_size,
+    make_mesh,
+    mesh_train,
+    shard_state,
+    to_host,
+)
+from diffusion_jax.training.processes import (
+    Processes,
+    agree_from_writer,
+    barrier,
+    check_agreement,
+    initialize,
+    is_writer,
+)
 from diffusion_jax.training.state import TrainState
 from diffusion_jax.training.step import make_train_step
 
 _CACHE_BATCH = 16
 _PROBE = "a cat"
 # Options that may change where a run is gone on with.
-_FREE = ("num_steps", "log_every", "eval_every", "checkpoint_every", "prompt")
+_FREE = (
+    *("num_steps", "log_every", "eval_every", "checkpoint_every", "prompt"),
+    *("guard", "on_bad_example", "num_workers", "fsdp"),
+    *("tensorboard", "wandb", "processes", "trace", "workdir"),
+)
 
 
 @dataclass(frozen=True)
@@ -61,16 +82,24 @@ class FineTune:
       rank: of the LoRA; 0 trains the whole UNet.
       targets: globs of the kernels that the LoRA adapts.
       image_size: of the pictures in pixels; the UNet's own if not given.
-      num_steps, batch_size, accumulate: updates, examples of one, and parts that it is computed
-        in.
+      num_steps, batch_size, accumulate: updates, examples of one over all processes, and parts
+        that it is computed in.
       learning_rate: of AdamW; 1e-4 if not given, 1e-5 where the whole UNet is trained.
       weight_decay: of AdamW.
       caption_dropout: probability of training without the caption, for guidance.
       ema: decay of the averaged weights, which are written at the end; 0 for none.
       dtype: of the frozen parameters and of the activations; what is trained is float32.
       seed: of data order, noise and the LoRA.
+      guard: which updates are bad, and how many of them may be skipped.
+      on_bad_example: "raise" stops at a picture that cannot be read, "skip" takes the next one.
+      num_workers: processes that read data, in every process that trains; 0 reads in threads.
+      fsdp: devices that parameters, averages and optimizer moments are split over.
       prompt: texts that are drawn every eval_every updates.
       log_every, eval_every, checkpoint_every: in updates.
+      tensorboard: also write TensorBoard events (needs the extra "logging").
+      wandb: also log to this project of Weights & Biases (needs the extra "logging").
+      processes: how several processes of one job find each other; all of them see workdir.
+      trace: trace five updates with jax.profiler into WORKDIR/trace.
       revision, variant: of the weights, see `from_pretrained`.
     """
 
@@ -91,16 +120,27 @@ class FineTune:
     ema: float = 0.0
     dtype: str | None = None
     seed: int = 0
+    guard: Guard = Guard()
+    on_bad_example: Literal["raise", "skip"] = "raise"
+    num_workers: int = 0
+    fsdp: int = 1
     prompt: tuple[str, ...] = ()
     log_every: int = 10
     eval_every: int = 0
     checkpoint_every: int = 500
+    tensorboard: bool = False
+    wandb: str | None = None
+    processes: Processes = Processes()
+    trace: bool = False
     revision: str | None = None
     variant: str | None = None
 
     def run(self) -> int:
         """Trains, and writes the result."""
-        print(f"the result is in {finetune(self)}")
+        initialize(self.processes)
+        out = finetune(self)
+        if is_writer():
+            print(f"the result is in {out}")
         return 0
 
 
@@ -111,11 +151,6 @@ def _check(options: FineTune) -> None:
         raise ValueError(f"data_dir belongs to --data tfds:NAME, got --data {options.data}")
     if options.eval_every and not options.prompt:
         raise ValueError("eval_every draws pictures of --prompt; give one")
-    if options.batch_size < 1 or options.batch_size % (options.accumulate * jax.device_count()):
-        raise ValueError(
-            f"batch_size {options.batch_size} must split over {jax.device_count()} devices x "
-            f"{options.accumulate} parts; choose a multiple"
-        )
 
 
 def _pipeline(options: FineTune) -> Pipeline:
@@ -150,7 +185,8 @@ def _source(options: FineTune, pipeline: Pipeline) -> Source:
     source = Tokenized(data.source(), pipeline["tokenizer"], tokens="ids")
     if options.cache is None:
         return source
-    _fill(options, options.cache, source, pipeline, size)
+    cache, tokenized = options.cache, source
+    agree_from_writer(lambda: _fill(options, cache, tokenized, pipeline, size))
     return Cached(str(options.cache)).source()
 
 
@@ -221,14 +257,17 @@ def fine_tuning(pipeline: Pipeline, *, caption_dropout: float) -> FineTuning:
     )
 
 
+def _values(options: FineTune) -> dict[str, Any]:
+    """The options as JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(options), default=str))
+
+
 def _claim(options: FineTune) -> None:
     """Writes finetune.json, or refuses a directory of another run."""
-    values = json.loads(json.dumps(dataclasses.asdict(options), default=str))
-    path = options.workdir / "finetune.json"
+    values, path = _values(options), options.workdir / "finetune.json"
     if path.exists():
         old = read_json(path)
-        free = (*_FREE, "workdir")
-        changed = sorted(n for n in values if n not in free and old.get(n) != values[n])
+        changed = sorted(n for n in values if n not in _FREE and old.get(n) != values[n])
         if changed:
             raise ValueError(
                 f"{options.workdir} holds a run with other values of {', '.join(changed)}; choose "
@@ -275,61 +314,94 @@ def finetune(options: FineTune) -> Path:
       ValueError: if pipeline, data, devices or directory do not fit.
     """
     _check(options)
+    mesh = make_mesh(fsdp=options.fsdp)
+    check_batch_size(options.batch_size, mesh, accumulate=options.accumulate)
     pipeline = _pipeline(options)
     source = _source(options, pipeline)
     loss = fine_tuning(pipeline, caption_dropout=options.caption_dropout).build()
     params = _params(options, pipeline)
-    _claim(options)
+    agree_from_writer(lambda: _claim(options))
     trained = ("lora/**",) if options.rank else ("unet/**",)
     rate = options.learning_rate or (1e-4 if options.rank else 1e-5)
-    tx = Optimizer(name="adamw", learning_rate=rate, weight_decay=options.weight_decay).build()
-    ema = EMA(options.ema)
-    step = make_train_step(loss, tx, ema=ema, accumulate=options.accumulate)
-    keys = ("image_mean", "image_std", "tokens") if options.cache else ("image", "ids")
-    data = batches(source, batch_size=options.batch_size, seed=options.seed, keys=keys)
-    loggers = [StdoutLogger(), JSONLLogger(options.workdir / "metrics.jsonl")]
+    optimizer = Optimizer(name="adamw", learning_rate=rate, weight_decay=options.weight_decay)
+    tx = optimizer.build()
+    step = make_train_step(
+        loss,
+        tx,
+        ema=EMA(options.ema),
+        accumulate=options.accumulate,
+        guard=options.guard,
+        learning_rate=optimizer.learning_rate_at,
+    )
+    data = batches(
+        source,
+        batch_size=options.batch_size // jax.process_count(),
+        seed=options.seed,
+        keys=("image_mean", "image_std", "tokens") if options.cache else ("image", "ids"),
+        on_bad_example=options.on_bad_example,
+        num_workers=options.num_workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    values = _values(options)
+    with (
+        closing(data),
+        # The base is read from its own files every time; a checkpoint knows only its digests.
+        checkpoints(options.workdir, frozen=not options.rank, configuration=values) as checkpointer,
+        open_loggers(
+            options.workdir, tensorboard=options.tensorboard, wandb=options.wandb, values=values
+        ) as loggers,
+    ):
+        fixed = {name: value for name, value in values.items() if name != "processes"}
+        check_agreement({**fixed, "checkpoints": checkpointer.steps()})
+        state = fit(
+            shard_state(mesh, TrainState.create(params, tx, trainable=trained)),
+            mesh_train(step, mesh),
+            data,
+            key=jax.random.key(options.seed),
+            config=LoopConfig(
+                num_steps=options.num_steps,
+                batch_size=options.batch_size,
+                log_every=options.log_every,
+                eval_every=options.eval_every or None,
+                checkpoint_every=options.checkpoint_every,
+                max_skipped=options.guard.max_skipped,
+                trace_dir=str(options.workdir / "trace") if options.trace else None,
+            ),
+            checkpointer=checkpointer,
+            loggers=loggers,
+            on_eval=_eval_hook(options, pipeline, loggers) if options.prompt else None,
+        )
+    out = options.workdir / ("lora" if options.rank else "pipeline")
+    trained_params = to_host(state.ema_params)
+    agree_from_writer(lambda: _write(options, pipeline, trained_params, out))
+    barrier("written")
+    return out
+
+
+def _eval_hook(options: FineTune, pipeline: Pipeline, loggers: Sequence[Logger]) -> OnEval:
+    """Draws every prompt."""
 
     def on_eval(number: int, state: TrainState) -> None:
-        shown = _result(pipeline, state.ema_params)
+        params = readable(state.ema_params)
+        if not is_writer():
+            return
+        shown = _result(pipeline, params)
         images = shown(list(options.prompt), seed=options.seed, output_type="np").images
         picture = image_grid(2.0 * images - 1.0, len(images))
         for logger in loggers:
             logger.image(number, "samples", picture)
 
-    try:
-        with Checkpoints(options.workdir / "checkpoints") as checkpointer:
-            state = fit(
-                TrainState.create(params, tx, trainable=trained),
-                mesh_train(step, make_mesh()),
-                data,
-                key=jax.random.key(options.seed),
-                config=LoopConfig(
-                    num_steps=options.num_steps,
-                    batch_size=options.batch_size,
-                    log_every=options.log_every,
-                    eval_every=options.eval_every or None,
-                    checkpoint_every=options.checkpoint_every,
-                ),
-                checkpointer=checkpointer,
-                loggers=loggers,
-                on_eval=on_eval if options.prompt else None,
-            )
-    finally:
-        for logger in loggers:
-            logger.close()
-    return _write(options, pipeline, jax.device_get(state.ema_params))
+    return on_eval
 
 
-def _write(options: FineTune, pipeline: Pipeline, params: Any) -> Path:
+def _write(options: FineTune, pipeline: Pipeline, params: Any, out: Path) -> None:
     import shutil
 
     if options.rank:
-        out = options.workdir / "lora"
         base = pipeline["unet"]._replace(params=params["unet"])
         save_lora(out, {"unet": params["lora"]}, {"unet": base})
-        return out
-    out = options.workdir / "pipeline"
+        return
     # Of an earlier end of the same run.
     shutil.rmtree(out, ignore_errors=True)
     save_pretrained(_result(pipeline, params), out)
-    return out

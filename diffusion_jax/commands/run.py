@@ -1,18 +1,31 @@
 """A run: what the commands share of an experiment and its working directory."""
 
+import contextlib
 import os
 import platform
 import time
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 
 import diffusion_jax
-from diffusion_jax.core.types import Params
+from diffusion_jax.core.types import Logger, Params
 from diffusion_jax.experiment import Experiment, load
 from diffusion_jax.io.checkpoint import Checkpoints
+from diffusion_jax.io.checkpoint_errors import CheckpointMissingError
+from diffusion_jax.io.loggers import (
+    JSONLLogger,
+    StdoutLogger,
+    TensorBoardLogger,
+    Tolerant,
+    WandbLogger,
+)
 from diffusion_jax.systems import Stage, System
+from diffusion_jax.training.parallel import to_host
+from diffusion_jax.training.processes import is_writer
 
 GRID_COLUMNS = 10
 
@@ -55,9 +68,40 @@ def trained_stage(experiment: Experiment, system: System) -> Stage:
     return stages[experiment.training.stage]
 
 
-def checkpoints(workdir: Path, max_to_keep: int = 2) -> Checkpoints:
-    """The checkpoints of a working directory."""
-    return Checkpoints(workdir / "checkpoints", max_to_keep=max_to_keep)
+def checkpoints(workdir: Path, **options: Any) -> Checkpoints:
+    """The checkpoints of a working directory; options as for `Checkpoints`."""
+    return Checkpoints(workdir / "checkpoints", **options)
+
+
+@contextlib.contextmanager
+def open_loggers(
+    workdir: Path, *, tensorboard: bool, wandb: str | None, values: Mapping[str, Any]
+) -> Iterator[list[Logger]]:
+    """The loggers of a run, none of which can stop it; only process 0 has any.
+
+    Args:
+      tensorboard: whether to write TensorBoard events.
+      wandb: project of Weights & Biases, or None.
+      values: the configuration, for W&B.
+    """
+    loggers: list[Logger] = []
+    if is_writer():
+        loggers = [StdoutLogger(), JSONLLogger(workdir / "metrics.jsonl")]
+        if tensorboard:
+            loggers.append(TensorBoardLogger(workdir / "tensorboard"))
+        if wandb is not None:
+            loggers.append(WandbLogger(workdir, project=wandb, config=values))
+    loggers = [Tolerant(logger) for logger in loggers]
+    try:
+        yield loggers
+    finally:
+        for logger in loggers:
+            logger.close()
+
+
+def readable(params: Params) -> Params:
+    """Parameters that this process can use alone; every process must call it."""
+    return params if jax.process_count() == 1 else to_host(params)
 
 
 def stage_dir(workdir: Path, system: System, stage: str) -> Path:
@@ -120,11 +164,13 @@ def restore_stage(folder: Path, kind: str = "ema") -> tuple[int, Params]:
       ValueError: if there is no checkpoint.
     """
     with checkpoints(folder) as checkpointer:
-        if not checkpointer.steps():
+        try:
+            params = checkpointer.restore_params(kind=kind)
+        except CheckpointMissingError as error:
             raise ValueError(
                 f"{folder} has no checkpoint; train first: diffusion-jax train NAME --workdir DIR"
-            )
-        params = checkpointer.restore_params(kind=kind)
+            ) from error
+        assert checkpointer.restored_step is not None
         return checkpointer.restored_step, params
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from diffusion_jax.commands.run import (
@@ -26,8 +27,14 @@ from diffusion_jax.systems.stage import validate
 from diffusion_jax.training.parallel import make_mesh, mesh_sample
 
 
-def make_batch_sampler(model: Stage | System) -> Callable[..., Iterator[np.ndarray]]:
-    """The sampler of a stage or of a whole system, compiled once and run over every device.
+def make_batch_sampler(
+    model: Stage | System, mesh: Mesh | None = None
+) -> Callable[..., Iterator[np.ndarray]]:
+    """The sampler of a stage or of a whole system, compiled once and run over a mesh.
+
+    Args:
+      model: what to draw with.
+      mesh: from `make_mesh`; None for all devices.
 
     Returns:
       (params, batch, *, seed, batch_size, first=0, guide=None, sampler=None, grid=None,
@@ -35,7 +42,7 @@ def make_batch_sampler(model: Stage | System) -> Callable[..., Iterator[np.ndarr
       `first` on. Image i depends on (seed, i) and on row i of the batch, never on batch_size or
       the devices.
     """
-    mesh = make_mesh()
+    mesh = make_mesh() if mesh is None else mesh
 
     def draw_batch(params, batch, keys, guide, sampler, grid):
         return model.sample(params, batch, keys, guide=guide, sampler=sampler, grid=grid)
@@ -72,9 +79,9 @@ def make_batch_sampler(model: Stage | System) -> Callable[..., Iterator[np.ndarr
     return sample
 
 
-def make_sampler(model: Stage | System) -> Callable[..., np.ndarray]:
+def make_sampler(model: Stage | System, mesh: Mesh | None = None) -> Callable[..., np.ndarray]:
     """`make_batch_sampler` whose batches are joined to images [N, H, W, C]."""
-    batches = make_batch_sampler(model)
+    batches = make_batch_sampler(model, mesh)
 
     def sample(params: Params, batch: Batch, **options: Any) -> np.ndarray:
         return np.concatenate(list(batches(params, batch, **options)))

@@ -1,6 +1,7 @@
 """train: runs an experiment in a working directory, or goes on with it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,37 +9,42 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from diffusion_jax.commands.run import (
     GRID_COLUMNS,
     checkpoints,
     num_classes,
+    open_loggers,
+    readable,
     stage_dir,
     trained_stage,
 )
 from diffusion_jax.commands.sample import make_sampler
 from diffusion_jax.configuration import to_dict
 from diffusion_jax.core.params import by_glob
-from diffusion_jax.core.types import AdaptiveLoss, Logger, Params
-from diffusion_jax.data.pipeline import batches
+from diffusion_jax.core.types import AdaptiveLoss, Key, Logger, Params
+from diffusion_jax.data.bad_examples import SkipBad
+from diffusion_jax.data.batching import batches
 from diffusion_jax.data.sources import Source
 from diffusion_jax.data.transforms import check_images, check_labels, image_grid
 from diffusion_jax.experiment import Experiment, load, save
-from diffusion_jax.io.loggers import JSONLLogger, StdoutLogger, TensorBoardLogger
 from diffusion_jax.systems import Stage
+from diffusion_jax.training.guard import Guard
 from diffusion_jax.training.loop import LoopConfig, fit
-from diffusion_jax.training.parallel import make_mesh, mesh_train
+from diffusion_jax.training.parallel import check_batch_size, init_state, make_mesh, mesh_train
+from diffusion_jax.training.processes import agree_from_writer, check_agreement, is_writer
 from diffusion_jax.training.state import TrainState
 from diffusion_jax.training.step import make_train_step, step_keys
 
 
-def check_fit(experiment: Experiment, source: Source) -> None:
+def check_fit(experiment: Experiment, source: Source, mesh: Mesh) -> None:
     """Checks, before anything is compiled, that data, system and devices fit.
 
     Raises:
       ValueError: if there is no data, an image is not what the system draws, a label is out
-        of range or missing, the learning rate ends before the training does, there are several
-        processes, or the batch does not split over the devices.
+        of range or missing, the learning rate ends before the training does, or the batch does
+        not split over the devices.
     """
     if len(source) == 0:
         raise ValueError(f"{source!r} has no examples")
@@ -60,20 +66,14 @@ def check_fit(experiment: Experiment, source: Source) -> None:
             raise ValueError(
                 f"the data has {of_data} classes, the system {classes}; set --system.num-classes"
             )
-    if jax.process_count() > 1:
-        raise ValueError("training runs in one process; this job has several")
     optimizer, num_steps = experiment.optimizer, experiment.training.num_steps
     if optimizer.total_steps is not None and num_steps > optimizer.total_steps:
         raise ValueError(
             f"the learning rate is 0 after optimizer.total_steps = {optimizer.total_steps} updates "
             f"but training.num_steps = {num_steps}; raise --optimizer.total-steps too"
         )
-    count, batch_size = jax.device_count(), experiment.training.batch_size
-    if batch_size % (count * experiment.training.accumulate):
-        raise ValueError(
-            f"batch_size {batch_size} does not split over {count} devices x "
-            f"{experiment.training.accumulate} microbatches; choose a multiple"
-        )
+    training = experiment.training
+    check_batch_size(training.batch_size, mesh, accumulate=training.accumulate)
 
 
 def check_loss(stage: Stage, shapes: Params, experiment: Experiment) -> None:
@@ -105,7 +105,8 @@ def _claim(workdir: Path, experiment: Experiment) -> None:
         if changed:
             raise ValueError(
                 f"{workdir} holds a run with other values of {', '.join(changed)}; choose another "
-                "--workdir, or run with the old values (num_steps and intervals may change)"
+                "--workdir, or run with the old values (num_steps, intervals, the guard and how "
+                "the work is spread may change)"
             )
     save(experiment, path)
 
@@ -119,7 +120,12 @@ def _determining(experiment: Experiment) -> dict:
         eval_every=0,
         checkpoint_every=1,
         max_to_keep=1,
+        guard=Guard(),
+        on_bad_example="raise",
+        num_workers=0,
+        fsdp=1,
         tensorboard=False,
+        wandb=None,
     )
     values = to_dict(replace(experiment, training=training))
     return {key: values[key] for key in ("system", "data", "optimizer", "training")}
@@ -140,15 +146,19 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
 
 def _eval_hook(experiment: Experiment, stage: Stage, loggers: Sequence[Logger]) -> Callable:
     """Draws four rows of samples, a column per class where there are classes."""
-    sampler = make_sampler(stage)
+    # Every process has the parameters, process 0 draws.
+    sampler = make_sampler(stage, make_mesh(devices=jax.local_devices()))
     classes = num_classes(experiment)
     columns = min(classes or GRID_COLUMNS, GRID_COLUMNS)
     row = np.arange(columns) if classes else np.zeros(columns)
     labels = np.tile(row, 4).astype(np.int32)
 
     def on_eval(step: int, state: TrainState) -> None:
+        params = readable(state.ema_params)
+        if not is_writer():
+            return
         images = sampler(
-            state.ema_params,
+            params,
             {"label": labels},
             seed=experiment.evaluation.seed,
             batch_size=len(labels),
@@ -160,64 +170,92 @@ def _eval_hook(experiment: Experiment, stage: Stage, loggers: Sequence[Logger]) 
     return on_eval
 
 
-def train(experiment: Experiment, workdir: Path) -> TrainState:
-    """Trains one stage, going on from its newest checkpoint in `workdir`.
+def train(experiment: Experiment, workdir: Path, *, trace: bool = False) -> TrainState:
+    """Trains one stage, going on from its newest good checkpoint in `workdir`.
 
-    Writes config.json, checkpoints/, metrics.jsonl with sample grids, and TensorBoard events if
-    asked for; into a folder named as the stage where the system has several stages.
+    Writes config.json, checkpoints/, metrics.jsonl with sample grids, TensorBoard events if asked
+    for, and a profiler's trace; into a folder named as the stage where the system has several
+    stages. In a job of several processes each calls it, and process 0 alone writes.
+
+    Args:
+      experiment: what to train.
+      workdir: a directory that every process sees.
+      trace: trace five updates with `jax.profiler`, into the folder trace.
 
     Returns:
       the last state.
 
     Raises:
-      ValueError: if experiment, data, devices or directory do not fit.
+      ValueError: if experiment, data, devices or directory do not fit, or the processes of the
+        job disagree.
+      CheckpointError, BadUpdateError, TrainingInterrupted, SystemExit: see `fit`.
     """
     config = experiment.training
+    mesh = make_mesh(fsdp=config.fsdp)
     system = experiment.system.build()
     stage = trained_stage(experiment, system)
     workdir = stage_dir(workdir, system, config.stage)
+    # Process 0 prepares the data set, if that is to be done.
+    agree_from_writer(experiment.data.source)
     source = experiment.data.source()
-    check_fit(experiment, source)
+    source = SkipBad(source) if config.on_bad_example == "skip" else source
+    check_fit(experiment, source, mesh)
     key = jax.random.key(config.seed)
     shapes = jax.eval_shape(stage.init, key)
     by_glob(shapes, *config.trainable)
+    classes = num_classes(experiment)
     data = batches(
         source,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size // jax.process_count(),
         seed=config.seed,
         flip=config.flip,
-        keys=("image",) if num_classes(experiment) is None else ("image", "label"),
+        keys=("image",) if classes is None else ("image", "label"),
+        num_classes=classes,
+        num_workers=config.num_workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
     check_loss(stage, shapes, experiment)
-    _claim(workdir, experiment)
-    loggers = [StdoutLogger(), JSONLLogger(workdir / "metrics.jsonl")]
-    if config.tensorboard:
-        loggers.append(TensorBoardLogger(workdir / "tensorboard"))
-
+    agree_from_writer(lambda: _claim(workdir, experiment))
     tx = experiment.optimizer.build()
-    step = make_train_step(stage.loss, tx, ema=config.ema, accumulate=config.accumulate)
-    key_init, key_train = jax.random.split(key)
-    state = TrainState.create(
-        jax.jit(stage.init)(key_init), tx, trainable=config.trainable, loss=stage.loss
+    step = make_train_step(
+        stage.loss,
+        tx,
+        ema=config.ema,
+        accumulate=config.accumulate,
+        guard=config.guard,
+        learning_rate=experiment.optimizer.learning_rate_at,
     )
-    try:
-        with checkpoints(workdir, config.max_to_keep) as checkpointer:
-            return fit(
-                state,
-                mesh_train(step, make_mesh()),
-                data,
-                key=key_train,
-                config=LoopConfig(
-                    num_steps=config.num_steps,
-                    batch_size=config.batch_size,
-                    log_every=config.log_every,
-                    eval_every=config.eval_every or None,
-                    checkpoint_every=config.checkpoint_every,
-                ),
-                checkpointer=checkpointer,
-                loggers=loggers,
-                on_eval=_eval_hook(experiment, stage, loggers) if stage.sample else None,
-            )
-    finally:
-        for logger in loggers:
-            logger.close()
+    key_init, key_train = jax.random.split(key)
+
+    def create(key: Key) -> TrainState:
+        params = stage.init(key)
+        return TrainState.create(params, tx, trainable=config.trainable, loss=stage.loss)
+
+    values = to_dict(experiment)
+    with (
+        closing(data),
+        checkpoints(workdir, max_to_keep=config.max_to_keep, configuration=values) as checkpointer,
+        open_loggers(
+            workdir, tensorboard=config.tensorboard, wandb=config.wandb, values=values
+        ) as loggers,
+    ):
+        check_agreement({**_flat(values), "checkpoints": checkpointer.steps()})
+        return fit(
+            init_state(create, mesh, key_init),
+            mesh_train(step, mesh),
+            data,
+            key=key_train,
+            config=LoopConfig(
+                num_steps=config.num_steps,
+                batch_size=config.batch_size,
+                log_every=config.log_every,
+                eval_every=config.eval_every or None,
+                checkpoint_every=config.checkpoint_every,
+                max_skipped=config.guard.max_skipped,
+                trace_dir=str(workdir / "trace") if trace else None,
+            ),
+            checkpointer=checkpointer,
+            loggers=loggers,
+            on_eval=_eval_hook(experiment, stage, loggers) if stage.sample else None,
+        )

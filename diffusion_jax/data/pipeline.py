@@ -4,7 +4,6 @@ import dataclasses
 from typing import ClassVar
 
 from diffusion_jax.data import digits, shapes
-from diffusion_jax.data.batching import batches as batches
 from diffusion_jax.data.sources import Arrays, Source, take
 
 

@@ -82,7 +82,7 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None)
     # What metadata calls a sharding is a description of the devices of the writer.
     if not isinstance(sharding, jax.sharding.Sharding):
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
@@ -342,7 +342,8 @@ class Checkpoints:
         manager = self.__dict__.pop("_manager")
         with contextlib.suppress(Exception):
             manager.close()
-        reason = f"{type(error).__name__}: {error}"
+        first = next(iter(str(error).splitlines()), "")
+        reason = f"{type(error).__name__}: {first}"
         if "://" not in self.directory:
             reason += f" ({shutil.disk_usage(self.directory).free:,} bytes are free)"
         return CheckpointSaveError(step, self.last_committed_step, reason)

@@ -25,6 +25,13 @@ class GuardState:
     skipped: Array
     in_a_row: Array
 
+    @classmethod
+    def start(cls) -> "GuardState":
+        """The memory of no update."""
+        # Arrays of their own, since one buffer cannot be donated twice.
+        counts = [jnp.zeros((), jnp.int32) for _ in range(3)]
+        return cls(jnp.zeros((), jnp.float32), *counts)
+
 
 @dataclass(frozen=True)
 class Guard:
@@ -36,9 +43,9 @@ class Guard:
     in a row: parameters, average, optimizer and the loss's memory keep their bits, as if its
     batch had not been drawn. Only the number of steps goes on, and with it noise and data.
 
-    With the defaults nothing is watched, and the state has no memory. Otherwise whoever calls the
-    step stops the run when the metric skipped_in_a_row exceeds `max_skipped`; a norm that has
-    risen for good is left out for ever.
+    With the defaults nothing is watched. Otherwise whoever calls the step stops the run when the
+    metric skipped_in_a_row exceeds `max_skipped`; a norm that has risen for good is left out for
+    ever. Every state has the memory, so that a run that was stopped can go on with a guard.
 
     Attributes:
       max_skipped: bad updates in a row that a run survives.
@@ -75,14 +82,6 @@ class Guard:
     def watches(self) -> bool:
         """Whether any update can be left out."""
         return self.max_skipped > 0 or self.spike is not None
-
-    def init(self) -> GuardState | tuple[()]:
-        """The memory to start from; () if nothing is watched."""
-        if not self.watches:
-            return ()
-        # Arrays of their own, since one buffer cannot be donated twice.
-        counts = [jnp.zeros((), jnp.int32) for _ in range(3)]
-        return GuardState(jnp.zeros((), jnp.float32), *counts)
 
     def is_bad(self, memory: GuardState, loss: Array, norm: Array) -> Array:
         """Whether an update must not be applied, [] bool.

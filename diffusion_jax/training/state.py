@@ -9,7 +9,7 @@ import optax
 from diffusion_jax.core import struct
 from diffusion_jax.core.params import by_glob, merge, partition
 from diffusion_jax.core.types import AdaptiveLoss, Array, LossFn, Params
-from diffusion_jax.training.guard import Guard, GuardState
+from diffusion_jax.training.guard import GuardState
 
 
 @struct.dataclass
@@ -23,7 +23,7 @@ class TrainState:
       ema: moving average, a tree like `trainable`.
       opt_state: state of the optimizer for `trainable`.
       loss_state: memory of an `AdaptiveLoss`, empty for other losses.
-      guard_state: memory of a guard that watches, empty otherwise.
+      guard_state: memory of the guard; it stays as it is without one that watches.
     """
 
     step: Array
@@ -31,8 +31,8 @@ class TrainState:
     frozen: Params
     ema: Params
     opt_state: Any
+    guard_state: GuardState
     loss_state: Any = ()
-    guard_state: GuardState | tuple[()] = ()
 
     @classmethod
     def create(
@@ -42,7 +42,6 @@ class TrainState:
         *,
         trainable: tuple[str, ...] = ("**",),
         loss: LossFn | AdaptiveLoss | None = None,
-        guard: Guard = Guard(),
     ) -> "TrainState":
         """A state at step 0 whose average equals the parameters.
 
@@ -53,7 +52,6 @@ class TrainState:
           tx: optimizer.
           trainable: globs of the leaves to train, see `core.params.by_glob`.
           loss: gives the memory to start from if it is an `AdaptiveLoss`; others have none.
-          guard: the one that the step is made with.
 
         Raises:
           ValueError: if a pattern matches no leaf.
@@ -68,15 +66,13 @@ class TrainState:
             ema=jax.tree.map(jnp.copy, selected),
             opt_state=tx.init(selected),
             loss_state=jax.tree.map(jnp.array, memory),
-            guard_state=guard.init(),
+            guard_state=GuardState.start(),
         )
 
     @property
     def applied(self) -> Array:
         """Number of updates that were applied, [] int32."""
-        if isinstance(self.guard_state, GuardState):
-            return self.step - self.guard_state.skipped
-        return self.step
+        return self.step - self.guard_state.skipped
 
     @property
     def params(self) -> Params:

@@ -13,7 +13,7 @@ from diffusion_jax.core.arrays import image_keys
 from diffusion_jax.core.params import merge
 from diffusion_jax.core.types import AdaptiveLoss, Array, Batch, Key, LossFn, Metrics, Params
 from diffusion_jax.training.ema import EMA
-from diffusion_jax.training.guard import Guard, GuardState
+from diffusion_jax.training.guard import Guard
 from diffusion_jax.training.state import TrainState
 
 RESERVED_METRICS = ("loss", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row")
@@ -82,15 +82,6 @@ def _check_memory(loss: LossFn | AdaptiveLoss, memory: Any) -> None:
             f"the loss needs a memory of {_describe(wanted)}, but the state's loss_state has "
             f"{_describe(memory)}; make the state with TrainState.create(..., loss=loss), loss "
             "being the one that the step is made with"
-        )
-
-
-def _check_guard(guard: Guard, memory: Any) -> None:
-    if guard.watches != isinstance(memory, GuardState):
-        has = "a memory of one" if isinstance(memory, GuardState) else "no memory of one"
-        raise ValueError(
-            f"the step has {guard}, but the state has {has}; make the state with "
-            "TrainState.create(..., guard=guard), guard being the one that the step is made with"
         )
 
 
@@ -176,12 +167,11 @@ class TrainStep:
 
         Raises:
           ValueError: if batch and keys differ in length, the batch does not split into
-            microbatches, the state has no memory that fits loss and guard, or the loss
+            microbatches, the state has no memory that fits the loss, or the loss
             function names a metric of `RESERVED_METRICS`.
         """
         _check_batch(batch, keys, self.accumulate)
         _check_memory(self.loss, state.loss_state)
-        _check_guard(self.guard, state.guard_state)
         gradient = self._gradient if self.accumulate == 1 else self._accumulated
         (grads, metrics), observations = gradient(state, batch, keys)
         if self.axis_name is not None:
@@ -190,7 +180,7 @@ class TrainStep:
         if self.learning_rate is not None:
             metrics["learning_rate"] = self.learning_rate(state.applied)
         after = self._updated(state, grads, observations)
-        if isinstance(state.guard_state, GuardState):
+        if self.guard.watches:
             return self._guarded(state, after, metrics)
         return after, metrics
 
@@ -248,7 +238,7 @@ def make_train_step(
       axis_name: axis to average gradients and metrics over, for `pmap_train`; None on a mesh.
       learning_rate: [] int32 number of updates that were applied -> [] rate of the next one, to
         be reported, for example `Optimizer.learning_rate_at`; None to report none.
-      guard: which updates are left out; the state must be created with the same one.
+      guard: which updates are left out.
 
     Raises:
       ValueError: if `accumulate` < 1.

@@ -12,13 +12,14 @@ import pytest
 
 from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.training.ema import EMA
-from diffusion_jax.training.loop import LoopConfig, NonFiniteError, fit
+from diffusion_jax.training.loop import BadUpdateError, LoopConfig, fit
 from diffusion_jax.training.state import TrainState
 from diffusion_jax.training.step import make_train_step
 from tests.training import toy
 
 TX = optax.adam(0.05)
 KEY = jax.random.key(5)
+TIMES = ("step_seconds", "images_per_second", "data_wait")
 
 
 class Memory:
@@ -29,7 +30,7 @@ class Memory:
 
     def scalars(self, step, values):
         assert step not in self.rows
-        self.rows[step] = {k: v for k, v in values.items() if k != "steps_per_second"}
+        self.rows[step] = {k: v for k, v in values.items() if k not in TIMES}
 
     def image(self, step, name, image):
         raise AssertionError("the loop draws nothing")
@@ -79,7 +80,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, numb
             data = toy.Data(hook=_send(number, position=2))
             _fit(data=data, checkpointer=checkpoints, loggers=[log])
         # The update under way was finished, and its checkpoint is complete when fit returns.
-        assert checkpoints.latest_step() == 3
+        assert checkpoints.last_committed_step == 3
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
         if error is SystemExit:
             assert stopped.value.code == 143
@@ -102,7 +103,7 @@ def test_killed_run_repeats_what_was_after_its_checkpoint(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(Killed):
             _fit(data=toy.Data(hook), checkpointer=checkpoints, loggers=[log], log_every=5)
-        assert checkpoints.latest_step() == 4
+        assert checkpoints.last_committed_step == 4
         assert set(log.rows) == {5}
         state = _fit(checkpointer=checkpoints, loggers=[log], log_every=5)
     assert log.truncated == [0, 4] and set(log.rows) == {5, 6}
@@ -144,7 +145,7 @@ def _poisoned(at):
 def test_nan_stops_the_run_and_is_not_saved(tmp_path, log_every):
     """Noticed at the next log row, or at the latest before a checkpoint would be written."""
     with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(NonFiniteError, match="update 3 .*loss=nan.*checkpoint is of step 2"):
+        with pytest.raises(BadUpdateError, match="update 3 is bad: loss=nan.* is of step 2"):
             _fit(
                 step_fn=_poisoned(at=3),
                 checkpointer=checkpoints,
@@ -159,7 +160,7 @@ def test_an_infinite_gradient_stops_the_run_without_checkpoints():
         state, metrics = _step()(state, batch, keys)
         return state, {**metrics, "grad_norm": jnp.inf}
 
-    with pytest.raises(NonFiniteError) as stopped:
+    with pytest.raises(BadUpdateError) as stopped:
         _fit(step_fn=step)
     assert (stopped.value.step, stopped.value.last_checkpoint) == (1, None)
     assert stopped.value.grad_norm == np.inf
@@ -210,7 +211,7 @@ def test_data_that_ends_or_has_another_size_is_refused():
     with pytest.raises(ValueError, match="ended after 2 updates but num_steps=6"):
         _fit(data=toy.Data(length=2))
     config = LoopConfig(num_steps=1, batch_size=5, progress=False)
-    with pytest.raises(ValueError, match=r"batch_size=5 but .* shapes \[\(4, 3\), \(4, 2\)\]"):
+    with pytest.raises(ValueError, match=r"batch_size=5 over 1 .* shapes \[\(4, 3\), \(4, 2\)\]"):
         fit(_state(), _step(), toy.Data(), key=KEY, config=config)
 
 
