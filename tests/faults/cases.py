@@ -3,19 +3,17 @@
 import functools
 import shutil
 import signal
-import threading
-import warnings
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 
-from diffusion_jax.experiment import load
 from diffusion_jax.io.checkpoint import Checkpoints
-from diffusion_jax.io.checkpoint_errors import CheckpointCorruptedError, CheckpointWarning
-from tests.faults.lab import SAVES, STEPS, Lab, curve, rows
+from tests.faults.damage import DAMAGES, flipped
+from tests.faults.lab import ROOT, SAVES, Lab, curve, rows
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,6 @@ class Fault:
 
 
 FAULTS: list[Fault] = []
-_WARNINGS = threading.Lock()
 
 
 def fault(name: str, *, tried: str, sees: str, lost: str, quick: bool = False) -> Callable:
@@ -61,10 +58,10 @@ def _folder(lab: Lab, name: str) -> Path:
 
 def _killed_in_save(lab: Lab, milliseconds: int) -> None:
     workdir = _folder(lab, f"save-{milliseconds}")
-    kill = {"kill_in_save": [20, milliseconds / 1000]}
+    kill = {"kill_in_save": [16, milliseconds / 1000]}
     lab.run(workdir, fault=kill, expect=-signal.SIGKILL)
     complete = lab.steps(workdir)
-    assert complete[0] == 10 and complete == SAVES[: len(complete)], complete
+    assert complete[0] == 8 and complete == SAVES[: len(complete)], complete
     end = lab.run(workdir)
     assert f"going on from the checkpoint of step {complete[-1]}" in end.text
     assert not list((workdir / "checkpoints").glob("*tmp*"))
@@ -98,7 +95,7 @@ def _killed_often(lab: Lab) -> None:
 @fault(
     "the disk fills up during a save",
     tried="a tmpfs that a file fills after the free space was looked at, mounted where permitted",
-    sees="`the checkpoint of step 20 was not written; the newest is of step 10`, the bytes that "
+    sees="`the checkpoint of step 16 was not written; the newest is of step 8`, the bytes that "
     "are free, exit code 2",
     lost="nothing that was complete; with room again the same command goes on",
 )
@@ -117,15 +114,15 @@ def _full(lab: Lab) -> None:
     )
     within = ("unshare", "-m", "sh", str(script), str(room))
     process = lab.start(
-        workdir, fault={"full_disk": 20}, within=within, environment={"ROOM": str(room)}
+        workdir, fault={"full_disk": 16}, within=within, environment={"ROOM": str(room)}
     )
     end = lab.wait(process)
-    assert end.code == 2 and "step 20 was not written; the newest is of step 10" in end.text, end
+    assert end.code == 2 and "step 16 was not written; the newest is of step 8" in end.text, end
     assert "No space left" in end.text and "bytes are free" in end.text, end.text
     room.rmdir()
     Path(f"{room}.kept").rename(room)
-    assert lab.steps(workdir) == (10,)
-    assert "step 10" in lab.run(workdir).text
+    assert lab.steps(workdir) == (8,)
+    assert "step 8" in lab.run(workdir).text
     lab.check_same(workdir)
 
 
@@ -138,183 +135,127 @@ def _full(lab: Lab) -> None:
 )
 def _no_room(lab: Lab) -> None:
     workdir = _folder(lab, "no-room")
-    end = lab.run(workdir, fault={"small_disk": 20}, expect=2)
-    assert "the newest is of step 10: it takes" in end.text and "are free in" in end.text
+    end = lab.run(workdir, fault={"small_disk": 16}, expect=2)
+    assert "the newest is of step 8: it takes" in end.text and "are free in" in end.text
     lab.run(workdir)
     lab.check_same(workdir)
 
 
-def _cut(data: bytes) -> bytes:
-    return data[: len(data) // 2]
+def _damaged(lab: Lab, how: str) -> None:
+    whole, copies = lab.undisturbed / "checkpoints", _folder(lab, f"file {how}")
+    # Orbax writes much about what it cannot read, some of it past Python.
+    command = [sys.executable, "-m", "tests.faults.damage", str(whole), str(copies), how]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-2000:]
 
 
-def _flipped(data: bytes) -> bytes:
-    middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-
-
-DAMAGES: dict[str, Callable[[bytes], bytes] | None] = {
-    "deleted": None,
-    "cut off in the middle": _cut,
-    "with one bit flipped": _flipped,
-}
-
-
-def _damaged(lab: Lab, how: str, change: Callable[[bytes], bytes] | None) -> None:
-    target, noticed = _target(lab), 0
-    whole, workdir = lab.undisturbed / "checkpoints", _folder(lab, f"file {how}")
-    files = [path for path in sorted((whole / str(STEPS)).rglob("*")) if path.is_file()]
-    for file in files:
-        shutil.rmtree(workdir, ignore_errors=True)
-        for step in SAVES[-2:]:
-            shutil.copytree(whole / str(step), workdir / str(step))
-        harmed = workdir / file.relative_to(whole)
-        if change is None:
-            harmed.unlink()
-        else:
-            harmed.write_bytes(change(file.read_bytes()))
-        with Checkpoints(workdir) as checkpoints:
-            try:
-                state, _ = checkpoints.restore(target, STEPS)
-            except CheckpointCorruptedError:
-                noticed += 1
-                # Warnings belong to a process, and others try their faults in this one.
-                with _WARNINGS, warnings.catch_warnings(record=True) as said:
-                    warnings.simplefilter("always")
-                    state, _ = checkpoints.restore(target)
-                assert any(one.category is CheckpointWarning for one in said), file
-                assert checkpoints.restored_step == 30, file
-        _check_equal(state, _saved(lab, int(state.step)), f"{how}: {file} was not noticed")
-    assert noticed >= 4, f"only {noticed} of {len(files)} files matter"
-
-
-@functools.cache
-def _saved(lab: Lab, step: int):
-    with Checkpoints(lab.undisturbed / "checkpoints") as checkpoints:
-        return checkpoints.restore(_target(lab), step)[0]
-
-
-def _target(lab: Lab):
-    from diffusion_jax.training.state import TrainState
-
-    experiment = load(lab.undisturbed / "config.json")
-    stage, tx = experiment.system.build().stages["base"], experiment.optimizer.build()
-    return jax.eval_shape(lambda key: TrainState.create(stage.init(key), tx), jax.random.key(0))
-
-
-def _check_equal(a, b, message: str) -> None:
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    same = all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
-    assert same, message
-
-
-for _how, _change in DAMAGES.items():
+for _how in DAMAGES:
     fault(
         f"a file of a checkpoint {_how}",
         tried="every file of the newest checkpoint, one at a time",
         sees="a warning that names step, file or leaf, and the newest good checkpoint; an error if "
         "that step was asked for",
         lost="the updates since the checkpoint before, if the file mattered",
-    )(functools.partial(_damaged, how=_how, change=_change))
+    )(functools.partial(_damaged, how=_how))
 
 
 @fault(
     "a run whose newest checkpoint is damaged",
     tried="one bit flipped in its largest file, then the same command",
-    sees="a warning, the checkpoint renamed to 30.corrupted, and training from the one before",
+    sees="a warning, the checkpoint renamed to 16.corrupted, and training from the one before",
     lost="the updates since the checkpoint before are made again",
     quick=True,
 )
 def _damaged_run(lab: Lab) -> None:
     workdir = _folder(lab, "damaged-run")
     shutil.copytree(lab.undisturbed, workdir)
-    shutil.rmtree(workdir / "checkpoints" / "40")
-    files = (path for path in (workdir / "checkpoints" / "30").rglob("*") if path.is_file())
+    shutil.rmtree(workdir / "checkpoints" / "24")
+    files = (path for path in (workdir / "checkpoints" / "16").rglob("*") if path.is_file())
     harmed = max(files, key=lambda path: path.stat().st_size)
-    harmed.write_bytes(_flipped(harmed.read_bytes()))
+    harmed.write_bytes(flipped(harmed.read_bytes()))
     end = lab.run(workdir)
-    assert "going on from the checkpoint of step 20" in end.text, end.text
-    assert "step 30" in end.text and "passed over" in end.text, end.text
-    assert (workdir / "checkpoints" / "30.corrupted").is_dir()
+    assert "going on from the checkpoint of step 8" in end.text, end.text
+    assert "step 16" in end.text and "passed over" in end.text, end.text
+    assert (workdir / "checkpoints" / "16.corrupted").is_dir()
     lab.check_same(workdir)
 
 
 @fault(
     "SIGTERM",
-    tried="during update 15 of 40",
+    tried="during update 12 of 24",
     sees="the update is finished and saved, exit code 143; the same command goes on",
     lost="nothing",
     quick=True,
 )
 def _terminated(lab: Lab) -> None:
     workdir = _folder(lab, "terminated")
-    lab.run(workdir, fault={"signals": [15, 1]}, expect=143)
-    assert lab.steps(workdir) == (10, 15)
+    lab.run(workdir, fault={"signals": [12, 1]}, expect=143)
+    assert lab.steps(workdir) == (8, 12)
     lab.run(workdir)
     lab.check_same(workdir)
 
 
 @fault(
     "SIGTERM twice",
-    tried="both during update 15 of 40",
+    tried="both during update 12 of 24",
     sees="the process ends at once, by the signal",
     lost="the updates since the last checkpoint are made again",
 )
 def _terminated_twice(lab: Lab) -> None:
     workdir = _folder(lab, "twice")
-    lab.run(workdir, fault={"signals": [15, 2]}, expect=-signal.SIGTERM)
-    assert lab.steps(workdir) == (10,)
+    lab.run(workdir, fault={"signals": [12, 2]}, expect=-signal.SIGTERM)
+    # That of step 8 may have been under way.
+    assert lab.steps(workdir) in ((), (8,))
     lab.run(workdir)
     lab.check_same(workdir)
 
 
 @fault(
     "a batch of NaN",
-    tried="the images of update 25 are NaN",
-    sees="`update 25 is bad: loss=nan, grad_norm=nan`, the last checkpoint's step, exit code 2",
+    tried="the images of update 20 are NaN",
+    sees="`update 20 is bad: loss=nan, grad_norm=nan`, the last checkpoint's step, exit code 2",
     lost="the updates since the last checkpoint are made again",
     quick=True,
 )
 def _nan(lab: Lab) -> None:
     workdir = _folder(lab, "nan")
-    end = lab.run(workdir, fault={"nan_at": [25, 1]}, expect=2)
-    assert "update 25 is bad: loss=nan, grad_norm=nan" in end.text, end.text
-    assert "the last checkpoint is of step 20" in end.text and lab.steps(workdir) == (10, 20)
+    end = lab.run(workdir, fault={"nan_at": [20, 1]}, expect=2)
+    assert "update 20 is bad: loss=nan, grad_norm=nan" in end.text, end.text
+    assert "the last checkpoint is of step 16" in end.text and lab.steps(workdir) == (8, 16)
     lab.run(workdir)
     lab.check_same(workdir)
 
 
 @fault(
     "batches of NaN where two may be skipped",
-    tried="the images of updates 22 and 23, then those of 32 to 34, with guard.max-skipped 2",
+    tried="the images of updates 12 and 13, then those of 20 to 22, with guard.max-skipped 2",
     sees="`skipped 1` in the log; at the third in a row the error above",
     lost="what the bad updates would have taught; none is ever applied",
 )
 def _skipped(lab: Lab) -> None:
     workdir, guard = _folder(lab, "skipped"), ("--training.guard.max-skipped", "2")
-    lab.run(workdir, *guard, fault={"nan_at": [22, 2]})
+    lab.run(workdir, *guard, fault={"nan_at": [12, 2]})
     found = {row["step"]: row for row in rows(workdir)}
-    assert [step for step, row in found.items() if row.get("skipped")] == [22, 23]
+    assert [step for step, row in found.items() if row.get("skipped")] == [12, 13]
     assert np.isfinite([row["loss"] for row in found.values() if "loss" in row]).all()
     workdir = _folder(lab, "skipped-too-many")
-    end = lab.run(workdir, *guard, fault={"nan_at": [32, 3]}, expect=2)
-    assert "update 34 is bad" in end.text and "not applied, as the 2 before it" in end.text
+    end = lab.run(workdir, *guard, fault={"nan_at": [20, 3]}, expect=2)
+    assert "update 22 is bad" in end.text and "not applied, as the 2 before it" in end.text
     lab.run(workdir, *guard)
     lab.check_close(workdir, rtol=1e-6)
 
 
 @fault(
     "the log cannot be written",
-    tried="metrics.jsonl is a link to /dev/full",
-    sees="one warning; training goes on to its end",
+    tried="every row from update 10 on raises ENOSPC",
+    sees="one warning of every kind, and at the end how many rows are missing",
     lost="the rows of the log",
 )
 def _no_log(lab: Lab) -> None:
     workdir = _folder(lab, "no-log")
-    workdir.mkdir()
-    (workdir / "metrics.jsonl").symlink_to("/dev/full")
-    end = lab.run(workdir)
-    assert end.text.count("No space left on device") == 1, end.text
+    end = lab.run(workdir, fault={"log_fails": 10})
+    assert end.text.count("scalars failed: OSError: [Errno 28] No space left") == 1, end.text
+    assert "15 calls of JSONLLogger failed in this run" in end.text, end.text
     assert lab.digest(workdir) == lab.digest(lab.undisturbed)
 
 
@@ -336,17 +277,17 @@ def _twice(lab: Lab) -> None:
 
 @fault(
     "SIGTERM to one of two processes",
-    tried="two processes with two devices each; the second gets it during update 15",
+    tried="two processes with two devices each; the second gets it during update 12",
     sees="both finish the same update, save and exit with 143; the same commands go on",
     lost="nothing",
     quick=True,
 )
 def _terminated_two(lab: Lab) -> None:
     workdir = _folder(lab, "terminated-two")
-    ends = lab.wait_two(lab.start_two(workdir, fault={"signals": [15, 1]}))
+    ends = lab.wait_two(lab.start_two(workdir, fault={"signals": [12, 1]}))
     assert [end.code for end in ends] == [143, 143], ends
     saved = lab.steps(workdir)
-    assert saved[0] == 10 and 15 <= saved[1] <= 18, saved
+    assert saved[0] == 8 and 12 <= saved[1] <= 15, saved
     ends = lab.wait_two(lab.start_two(workdir))
     assert [end.code for end in ends] == [0, 0], ends
     assert f"going on from the checkpoint of step {saved[1]}" in ends[0].text
@@ -361,7 +302,7 @@ def _terminated_two(lab: Lab) -> None:
 )
 def _dying_peer(lab: Lab) -> None:
     workdir = _folder(lab, "dying")
-    processes = lab.start_two(workdir, fault={"kill_in_save": [20, 0.0]})
+    processes = lab.start_two(workdir, fault={"kill_in_save": [16, 0.0]})
     ends = lab.wait_two(processes)
     assert ends[1].code == -signal.SIGKILL and ends[0].code not in (0, 2), ends
     ends = lab.wait_two(lab.start_two(workdir))
@@ -385,13 +326,13 @@ def _disagreeing(lab: Lab) -> None:
 
 @fault(
     "other numbers of processes and devices",
-    tried="20 updates in two processes of two devices with fsdp 4, the others in one of one device",
+    tried="16 updates in two processes of two devices with fsdp 4, the others in one of one device",
     sees="a warning that results now agree to rounding",
     lost="equality of the last bits",
 )
 def _another_layout(lab: Lab) -> None:
     workdir = _folder(lab, "layout")
-    split = ("--training.fsdp", "4", "--training.num-steps", "20")
+    split = ("--training.fsdp", "4", "--training.num-steps", "16")
     ends = lab.wait_two(lab.start_two(workdir, split, split))
     assert [end.code for end in ends] == [0, 0], ends
     assert "agree with an uninterrupted run up to rounding" in lab.run(workdir).text
@@ -408,14 +349,13 @@ def _broken_pictures(lab: Lab) -> None:
     pictures = _folder(lab, "pictures")
     _write_pictures(pictures, broken=(17, 203))
     data = ("--data", "folder", "--data.path", str(pictures), "--data.image-size", "8")
-    data = (*data, "--data.channels", "1")
     skip = (*data, "--training.on-bad-example", "skip")
     end = lab.run(_folder(lab, "raise"), *data, expect=2)
     assert "017.png" in end.text or "203.png" in end.text, end.text
     whole, workdir = _folder(lab, "skip"), _folder(lab, "skip-killed")
     end = lab.run(whole, *skip)
     assert "017.png" in end.text and "203.png" in end.text, end.text
-    lab.run(workdir, *skip, fault={"kill_in_save": [20, 0.05]}, expect=-signal.SIGKILL)
+    lab.run(workdir, *skip, fault={"kill_in_save": [16, 0.05]}, expect=-signal.SIGKILL)
     lab.run(workdir, *skip)
     assert lab.digest(workdir) == lab.digest(whole) and curve(workdir) == curve(whole)
 
@@ -427,6 +367,6 @@ def _write_pictures(folder: Path, broken: tuple[int, ...]) -> None:
     folder.mkdir()
     for number in range(300):
         file = folder / f"{number:03d}.png"
-        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(file)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
         if number in broken:
-            file.write_bytes(file.read_bytes()[:40])
+            file.write_bytes(file.read_bytes()[:60])

@@ -8,6 +8,7 @@ signals: [step, count]          SIGTERM to itself, count times, while a step's b
 nan_at: [step, count]           the images of so many updates from a step on are NaN
 full_disk: step                 the folder ROOM fills up after the save of a step looked at its room
 small_disk: step                1 MB is free when a step is saved
+log_fails: step                 the log cannot be written from a step on
 """
 
 import errno
@@ -97,11 +98,10 @@ def full_disk(step: int) -> None:
     def filled(self: Checkpoints, number: int, *args: Any) -> None:
         if number == step:
             self.wait()
-            with open(os.path.join(room, "filler"), "wb") as file:
+            with open(os.path.join(room, "filler"), "wb", buffering=0) as file:
                 try:
                     while True:
                         file.write(b"\0" * 4096)
-                        file.flush()
                 except OSError as error:
                     assert error.errno == errno.ENOSPC
             self._check_space = lambda *unused: None
@@ -124,6 +124,21 @@ def small_disk(step: int) -> None:
         save(self, number, *args)
 
     Checkpoints.save = filled
+
+
+def log_fails(step: int) -> None:
+    from diffusion_jax.io.loggers import JSONLLogger
+
+    scalars = JSONLLogger.scalars
+
+    def failing(self: JSONLLogger, number: int, values: Any) -> None:
+        if number >= step:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        scalars(self, number, values)
+
+    # The warning names the method.
+    failing.__name__ = scalars.__name__
+    JSONLLogger.scalars = failing
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The run that faults happen to: a small network on rendered shapes, forty updates."""
+"""The run that faults happen to: a small network on rendered shapes, twenty-four updates."""
 
 from dataclasses import replace
 
@@ -11,16 +11,18 @@ CONFIG = replace(
     system=replace(
         ddpm.TINY.system,
         channels=3,
-        network=UNetConfig(levels=(LevelConfig(16, 1),), norm_groups=8),
+        network=UNetConfig(
+            levels=(LevelConfig(16, 1),), middle_blocks=0, middle_attention=False, norm_groups=8
+        ),
     ),
     data=ShapesData(image_size=8, num_examples=300),
     training=replace(
         ddpm.TINY.training,
-        num_steps=40,
+        num_steps=24,
         batch_size=16,
         log_every=1,
         eval_every=0,
-        checkpoint_every=10,
+        checkpoint_every=8,
         max_to_keep=3,
     ),
 )
