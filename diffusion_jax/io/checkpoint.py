@@ -6,6 +6,7 @@ import functools
 import json
 import platform
 import shutil
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
@@ -119,6 +120,12 @@ def _non_finite(leaves: Leaves) -> list[str]:
     return [path for path, is_finite in jax.device_get(finite).items() if not is_finite]
 
 
+def _brief(error: Exception) -> str:
+    """An error in a line; those of tensorstore go on for pages."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {textwrap.shorten(first, 300)}"
+
+
 def _anywhere(failed: bool) -> bool:
     """Whether it failed in any process; every process must ask."""
     if jax.process_count() == 1:
@@ -180,7 +187,7 @@ class Checkpoints:
         self.configuration = dict(configuration or {})
         self.restored_step: int | None = None
         self._writing: int | None = None
-        self._lock: Any = None
+        self._claimed, self._lock = False, None
         if Path(self.directory).is_file():
             raise ValueError(f"checkpoints need a directory, but {self.directory} is a file")
 
@@ -230,6 +237,7 @@ class Checkpoints:
                 error = found
         if _anywhere(error is not None):
             raise error or CheckpointError(f"process 0 could not claim {self.directory}")
+        self._claimed = True
         return removed
 
     def _claim(self) -> list[str]:
@@ -342,8 +350,7 @@ class Checkpoints:
         manager = self.__dict__.pop("_manager")
         with contextlib.suppress(Exception):
             manager.close()
-        first = next(iter(str(error).splitlines()), "")
-        reason = f"{type(error).__name__}: {first}"
+        reason = _brief(error)
         if "://" not in self.directory:
             reason += f" ({shutil.disk_usage(self.directory).free:,} bytes are free)"
         return CheckpointSaveError(step, self.last_committed_step, reason)
@@ -497,7 +504,7 @@ class Checkpoints:
                 self.__dict__.pop("_manager").close()
             if self._lock is not None:
                 self._lock.close()
-                self._lock = None
+            self._claimed, self._lock = False, None
 
     def _where(self, step: int) -> str:
         return f"the checkpoint of step {step} in {self.directory}"
@@ -521,17 +528,20 @@ class Checkpoints:
         explicit, step = step, self._existing(step)
         self.wait()
         for candidate in reversed([n for n in self.steps() if n <= step]):
+            result, error = None, None
             try:
                 result = read(candidate)
-            except CheckpointCorruptedError as error:
-                if explicit is not None or candidate == self.steps()[0]:
-                    raise
-                warnings.warn(f"{error}. It is passed over", CheckpointWarning, stacklevel=3)
-                if self._lock is not None:
-                    self._set_aside(candidate)
-            else:
+            except CheckpointCorruptedError as found:
+                error = found
+            if not _anywhere(error is not None):
                 self.restored_step = candidate
                 return result
+            error = error or self._corrupted(candidate, "another process cannot read it")
+            if explicit is not None or candidate == self.steps()[0]:
+                raise error
+            warnings.warn(f"{error}. It is passed over", CheckpointWarning, stacklevel=3)
+            if self._claimed:
+                self._set_aside(candidate)
         raise AssertionError("the oldest checkpoint either reads or raises")
 
     def _set_aside(self, step: int) -> None:
@@ -551,8 +561,7 @@ class Checkpoints:
         except Exception as error:
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            first = next(iter(str(error).splitlines()), "")
-            raise self._corrupted(step, f"{type(error).__name__}: {first}") from error
+            raise self._corrupted(step, _brief(error)) from error
 
     def _json(self, step: int, item: str) -> Any:
         import orbax.checkpoint as ocp

@@ -168,16 +168,37 @@ for _how in DAMAGES:
 )
 def _damaged_run(lab: Lab) -> None:
     workdir = _folder(lab, "damaged-run")
-    shutil.copytree(lab.undisturbed, workdir)
-    shutil.rmtree(workdir / "checkpoints" / "24")
-    files = (path for path in (workdir / "checkpoints" / "16").rglob("*") if path.is_file())
-    harmed = max(files, key=lambda path: path.stat().st_size)
-    harmed.write_bytes(flipped(harmed.read_bytes()))
+    _damage_newest(lab, workdir)
     end = lab.run(workdir)
     assert "going on from the checkpoint of step 8" in end.text, end.text
     assert "step 16" in end.text and "passed over" in end.text, end.text
     assert (workdir / "checkpoints" / "16.corrupted").is_dir()
     lab.check_same(workdir)
+
+
+@fault(
+    "two processes whose newest checkpoint is damaged",
+    tried="one bit flipped in its largest file, then the same commands",
+    sees="the warning in both, and training from the checkpoint before",
+    lost="the updates since the checkpoint before are made again",
+)
+def _damaged_two(lab: Lab) -> None:
+    workdir = _folder(lab, "damaged-two")
+    _damage_newest(lab, workdir)
+    ends = lab.wait_two(lab.start_two(workdir))
+    assert [end.code for end in ends] == [0, 0], ends
+    assert "going on from the checkpoint of step 8" in ends[0].text, ends[0].text
+    assert all("step 16" in end.text and "passed over" in end.text for end in ends), ends
+    lab.check_close(workdir)
+
+
+def _damage_newest(lab: Lab, workdir: Path) -> None:
+    """The undisturbed run as it was after step 16, with a bit flipped in what it saved then."""
+    shutil.copytree(lab.undisturbed, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "24")
+    files = (path for path in (workdir / "checkpoints" / "16").rglob("*") if path.is_file())
+    harmed = max(files, key=lambda path: path.stat().st_size)
+    harmed.write_bytes(flipped(harmed.read_bytes()))
 
 
 @fault(
