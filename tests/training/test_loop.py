@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,13 @@ import numpy as np
 import optax
 import pytest
 
+from diffusion_jax.core.part_mean import Ratio
+from diffusion_jax.io import checkpoint
 from diffusion_jax.io.checkpoint import Checkpoints
+from diffusion_jax.io.checkpoint_errors import CheckpointSaveError, CheckpointWarning
 from diffusion_jax.training.ema import EMA
+from diffusion_jax.training.guard import Guard
+from diffusion_jax.training.interrupt import TrainingInterrupted
 from diffusion_jax.training.loop import BadUpdateError, LoopConfig, fit
 from diffusion_jax.training.state import TrainState
 from diffusion_jax.training.step import make_train_step
@@ -52,7 +58,8 @@ def _state():
 
 def _fit(*, data=None, num_steps=6, step_fn=None, key=KEY, **options):
     loop = {"log_every": 4, "checkpoint_every": 4, "progress": False}
-    loop |= {name: options.pop(name) for name in (*loop, "eval_every") if name in options}
+    others = ("eval_every", "max_skipped", "trace_dir")
+    loop |= {name: options.pop(name) for name in (*loop, *others) if name in options}
     config = LoopConfig(num_steps=num_steps, batch_size=toy.BATCH, **loop)
     data = toy.Data() if data is None else data
     return fit(_state(), step_fn or _step(), data, key=key, config=config, **options)
@@ -164,6 +171,123 @@ def test_an_infinite_gradient_stops_the_run_without_checkpoints():
         _fit(step_fn=step)
     assert (stopped.value.step, stopped.value.last_checkpoint) == (1, None)
     assert stopped.value.grad_norm == np.inf
+
+
+def _guarded(guard):
+    step = make_train_step(toy.loss, TX, ema=EMA(0.9), guard=guard)
+    return jax.jit(step, donate_argnums=0)
+
+
+class Poisoned(toy.Data):
+    """Batches number 3 and 4 are NaN."""
+
+    def __next__(self):
+        batch = super().__next__()
+        if self.position in (3, 4):
+            batch["y"] = np.full_like(batch["y"], np.nan)
+        return batch
+
+
+def test_skipped_updates_are_counted_and_left_out_of_the_means():
+    every, log = Memory(), Memory()
+    options = {"step_fn": _guarded(Guard(max_skipped=2)), "max_skipped": 2}
+    state = _fit(data=Poisoned(), loggers=[every], log_every=1, **options)
+    _fit(data=Poisoned(), loggers=[log], log_every=6, **options)
+    assert [every.rows[step]["skipped"] for step in range(1, 7)] == [0, 0, 1, 1, 0, 0]
+    assert set(every.rows[3]) == {"skipped"}
+    good = [every.rows[step]["loss"] for step in (1, 2, 5, 6)]
+    assert log.rows[6]["skipped"] == 2
+    np.testing.assert_allclose(log.rows[6]["loss"], np.mean(good), rtol=1e-12)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_one_more_skipped_update_than_allowed_is_an_error():
+    with pytest.raises(BadUpdateError, match="update 4 is bad.* not applied, as the 1 before"):
+        _fit(data=Poisoned(), step_fn=_guarded(Guard(max_skipped=1)), max_skipped=1)
+
+
+def test_a_mean_over_part_of_the_batch_is_the_quotient_of_the_means():
+    totals, counts = np.array([1.0, 0.0, 3.0, 0.5]), np.array([0.5, 0.0, 0.25, 0.25])
+
+    def step(state, batch, keys):
+        state, metrics = _step()(state, batch, keys)
+        n = int(state.step) - 1
+        ratio = Ratio(np.float32(totals[n % 4]), np.float32(counts[n % 4]))
+        return state, {**metrics, "part": ratio}
+
+    log = Memory()
+    _fit(step_fn=step, loggers=[log], log_every=2, num_steps=4)
+    assert log.rows[2]["part"] == pytest.approx(1.0 / 0.5)
+    assert log.rows[4]["part"] == pytest.approx(3.5 / 0.5)
+    _fit(step_fn=step, loggers=[log := Memory()], log_every=1, num_steps=2)
+    assert "part" in log.rows[1] and "part" not in log.rows[2]
+
+
+def test_an_open_window_survives_with_its_ratios(tmp_path):
+    def step(state, batch, keys):
+        state, metrics = _step()(state, batch, keys)
+        n = np.float32(state.step)
+        return state, {**metrics, "part": Ratio(n, n / 2 - 0.25)}
+
+    expected, log = Memory(), Memory()
+    _fit(step_fn=step, loggers=[expected], log_every=6)
+    with Checkpoints(tmp_path) as checkpoints:
+        options = {"step_fn": step, "checkpointer": checkpoints, "loggers": [log], "log_every": 6}
+        with pytest.raises(SystemExit):
+            _fit(data=toy.Data(hook=_send(signal.SIGTERM, position=2)), **options)
+        _fit(**options)
+    assert log.rows == expected.rows
+
+
+def test_rows_say_how_fast_it_went_and_how_long_data_took():
+    class Timed:
+        rows = []
+
+        def scalars(self, step, values):
+            self.rows.append({name: values.get(name) for name in TIMES})
+
+        def truncate_after(self, step):
+            pass
+
+    _fit(loggers=[Timed()], log_every=2)
+    for row in Timed.rows[1:]:
+        assert row["images_per_second"] == pytest.approx(toy.BATCH / row["step_seconds"])
+        assert 0.0 <= row["data_wait"] <= 1.0
+
+
+def test_ctrl_c_leaves_a_usable_state():
+    """As in a notebook, without checkpoints; it can be trained further."""
+    with pytest.raises(TrainingInterrupted, match="after step 3") as stopped:
+        _fit(data=toy.Data(hook=_send(signal.SIGINT, position=2)))
+    state, data = stopped.value.state, toy.Data()
+    assert stopped.value.step == int(state.step) == 3
+    data.set_state({"position": 3})
+    config = LoopConfig(num_steps=6, batch_size=toy.BATCH, progress=False)
+    state = fit(state, _step(), data, key=KEY, config=config)
+    toy.assert_bit_equal(state, _uninterrupted()[0])
+
+
+def test_a_trace_can_be_taken(tmp_path):
+    _fit(num_steps=12, trace_dir=str(tmp_path / "trace"))
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+
+
+def test_a_corrupted_checkpoint_is_passed_over_and_its_step_made_again(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        _fit(checkpointer=checkpoints, checkpoint_every=2, num_steps=4)
+    (tmp_path / "4" / "layout" / "metadata").write_text("{}")
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.warns(CheckpointWarning, match="step 4 .* passed over"):
+            state = _fit(checkpointer=checkpoints, checkpoint_every=2)
+        assert checkpoints.steps() == (2, 4, 6) and (tmp_path / "4.corrupted").is_dir()
+    toy.assert_bit_equal(state, _uninterrupted()[0])
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
+        with pytest.raises(CheckpointSaveError, match="9 are free"):
+            _fit(checkpointer=checkpoints)
 
 
 def test_evaluation_sees_the_state_of_its_step():
