@@ -4,14 +4,15 @@
 #   make test                  runs every test
 #   make check                 lint, types and the fast tests
 #   make parity PARITY=folder  compares with reference cases in a folder
+#   make faults                tries what can happen to a run: kills, full disks, damaged files …
 #   make bench                 compares every schedule and sampler on an exact denoiser
 #   make proofs                every proof; make proof-NAME one of them, SEED=n another seed
 #   make ablate-NAME           a proof and its retrained controls with three seeds
 #   make clean                 removes .venv and everything built
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=folder another environment, WORKERS=4 the
-# processes that run tests, ARGS="…" adds arguments to the command of `demo`, `test`, `parity`,
-# `bench`, `proof-…`, `ablate-…`.
+# processes that run tests, ARGS="…" adds arguments to the command of `demo`, `test`, `faults`,
+# `parity`, `bench`, `proof-…`, `ablate-…`.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,7 +28,7 @@ TEST_READY := $(VENV)/.diffusion_jax-test
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check parity bench proofs clean
+.PHONY: help demo test check parity faults bench proofs clean
 
 PROOFS := ddpm classifier_guidance classifier_free
 RESULTS := --results experiments/RESULTS.md
@@ -51,6 +52,9 @@ parity: $(TEST_READY)
 	@test -n "$(PARITY)" || { echo "make parity needs a folder of reference cases:" \
 		"make parity PARITY=folder"; exit 2; }
 	$(BIN)/python -m tests.parity "$(PARITY)" $(ARGS)
+
+faults: $(TEST_READY)
+	$(BIN)/python -m tests.faults $(ARGS)
 
 bench: $(DEMO_READY)
 	$(BIN)/diffusion-jax bench order
