@@ -103,7 +103,6 @@ class _Run:
     clock: Clock
     bar: Any = None
     window: Window = field(default_factory=Window)
-    saved: int | None = None
     trace_until: int | None = None
 
     def resume(self) -> int:
@@ -114,10 +113,9 @@ class _Run:
             _say(f"deleted {name}, which a killed run left half written")
         if self.checkpointer.last_committed_step is not None:
             self.state, position = self.checkpointer.restore(self.state)
-            self.saved = self.checkpointer.restored_step
             self.data.set_state(position["data"])
             self.window.rows = [(step, dict(row)) for step, row in position["metrics"]]
-            _say(f"going on from the checkpoint of step {self.saved}")
+            _say(f"going on from the checkpoint of step {self.checkpointer.restored_step}")
         step = int(self.state.step)
         for logger in self.loggers:
             # Rows of updates that a killed run made after its last checkpoint come again.
@@ -197,13 +195,12 @@ class _Run:
             logger.scalars(step, values)
 
     def save(self, step: int) -> None:
-        if self.checkpointer is None or self.saved == step:
+        if self.checkpointer is None:
             return
         self.check()
         self.clock.pause()
         position = {"data": self.data.get_state(), "metrics": self.window.rows}
         self.checkpointer.save(step, self.state, position)
-        self.saved = step
         self.clock.run()
 
     def evaluate(self, step: int, on_eval: OnEval) -> None:

@@ -265,6 +265,23 @@ def test_flipped_data_names_the_leaf(two_steps, tmp_path):
     assert error.value.leaves == ("w",)
 
 
+@pytest.mark.parametrize(
+    "item, old, new, reason",
+    [
+        ("data", '"n": 2', '"n": 3', "the position of the data has changed"),
+        ("layout", '"frozen": true', '"frozen": false', "its layout has changed"),
+    ],
+)
+def test_json_that_still_reads_is_compared_too(two_steps, tmp_path, item, old, new, reason):
+    shutil.copytree(two_steps, tmp_path / "run")
+    file = tmp_path / "run" / "2" / item / "metadata"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        with pytest.raises(CheckpointCorruptedError, match=reason):
+            checkpoints.restore(_large(), 2)
+
+
 def test_a_writer_sets_a_corrupted_checkpoint_aside(two_steps, tmp_path):
     """So that the run can go on from the step before and write that step again."""
     run = tmp_path / "run"
