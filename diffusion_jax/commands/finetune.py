@@ -320,6 +320,9 @@ def finetune(options: FineTune) -> Path:
     source = _source(options, pipeline)
     loss = fine_tuning(pipeline, caption_dropout=options.caption_dropout).build()
     params = _params(options, pipeline)
+    values = _values(options)
+    fixed = {name: value for name, value in values.items() if name != "processes"}
+    check_agreement({**fixed, "checkpoints": checkpoints(options.workdir).steps()})
     agree_from_writer(lambda: _claim(options))
     trained = ("lora/**",) if options.rank else ("unet/**",)
     rate = options.learning_rate or (1e-4 if options.rank else 1e-5)
@@ -343,7 +346,6 @@ def finetune(options: FineTune) -> Path:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    values = _values(options)
     with (
         closing(data),
         # The base is read from its own files every time; a checkpoint knows only its digests.
@@ -352,8 +354,6 @@ def finetune(options: FineTune) -> Path:
             options.workdir, tensorboard=options.tensorboard, wandb=options.wandb, values=values
         ) as loggers,
     ):
-        fixed = {name: value for name, value in values.items() if name != "processes"}
-        check_agreement({**fixed, "checkpoints": checkpointer.steps()})
         state = fit(
             shard_state(mesh, TrainState.create(params, tx, trainable=trained)),
             mesh_train(step, mesh),

@@ -216,6 +216,8 @@ def train(experiment: Experiment, workdir: Path, *, trace: bool = False) -> Trai
         process_count=jax.process_count(),
     )
     check_loss(stage, shapes, experiment)
+    values = to_dict(experiment)
+    check_agreement({**_flat(values), "checkpoints": checkpoints(workdir).steps()})
     agree_from_writer(lambda: _claim(workdir, experiment))
     tx = experiment.optimizer.build()
     step = make_train_step(
@@ -232,7 +234,6 @@ def train(experiment: Experiment, workdir: Path, *, trace: bool = False) -> Trai
         params = stage.init(key)
         return TrainState.create(params, tx, trainable=config.trainable, loss=stage.loss)
 
-    values = to_dict(experiment)
     with (
         closing(data),
         checkpoints(workdir, max_to_keep=config.max_to_keep, configuration=values) as checkpointer,
@@ -240,7 +241,6 @@ def train(experiment: Experiment, workdir: Path, *, trace: bool = False) -> Trai
             workdir, tensorboard=config.tensorboard, wandb=config.wandb, values=values
         ) as loggers,
     ):
-        check_agreement({**_flat(values), "checkpoints": checkpointer.steps()})
         return fit(
             init_state(create, mesh, key_init),
             mesh_train(step, mesh),

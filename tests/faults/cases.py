@@ -333,16 +333,20 @@ def _dying_peer(lab: Lab) -> None:
 
 @fault(
     "processes that disagree",
-    tried="two processes with the learning rates 1e-3 and 2e-3",
+    tried="two processes with the learning rates 4e-3 and 2e-3",
     sees="both name the option, its values and who has which; exit code 2",
     lost="nothing, for nothing began",
 )
 def _disagreeing(lab: Lab) -> None:
-    options = [("--optimizer.learning-rate", rate) for rate in ("1e-3", "2e-3")]
-    ends = lab.wait_two(lab.start_two(_folder(lab, "disagreeing"), *options))
+    workdir = _folder(lab, "disagreeing")
+    options = [("--optimizer.learning-rate", rate) for rate in ("4e-3", "2e-3")]
+    ends = lab.wait_two(lab.start_two(workdir, *options))
     assert [end.code for end in ends] == [2, 2], ends
     for end in ends:
-        assert "processes of this job disagree" in end.text and "optimizer" in end.text, end.text
+        assert "processes of this job disagree" in end.text, end.text
+        assert "optimizer.learning_rate: 0.004 in [0], 0.002 in [1]" in end.text, end.text
+    lab.run(workdir)
+    lab.check_same(workdir)
 
 
 @fault(
