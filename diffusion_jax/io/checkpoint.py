@@ -242,11 +242,13 @@ class Checkpoints:
 
     def _claim(self) -> list[str]:
         self._path.mkdir(parents=True, exist_ok=True)
-        if "://" not in self.directory:
+        if "://" not in self.directory and self._lock is None:
             self._lock = (Path(self.directory) / ".lock").open("w")
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
+                self._lock.close()
+                self._lock = None
                 raise CheckpointError(
                     f"another run writes checkpoints into {self.directory}; stop it, or use "
                     "another directory"

@@ -217,11 +217,11 @@ class _Run:
             jax.profiler.start_trace(self.config.trace_dir)
             self.trace_until = step + _TRACE_STEPS
         elif step == self.trace_until:
+            jax.block_until_ready(self.state)
             self.end_trace()
 
     def end_trace(self) -> None:
         if self.trace_until is not None:
-            jax.block_until_ready(self.state)
             jax.profiler.stop_trace()
             _say(f"the trace is in {self.config.trace_dir}: tensorboard --logdir, or xprof")
         self.trace_until = None

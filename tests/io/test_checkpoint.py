@@ -356,6 +356,11 @@ def test_one_writer_at_a_time(checkpoints):
         with pytest.raises(CheckpointError, match="another run writes checkpoints"):
             other.claim()
         assert other.steps() == ()
+    # Its own claim is no obstacle, and still holds.
+    checkpoints.claim()
+    with Checkpoints(checkpoints.directory) as other:
+        with pytest.raises(CheckpointError, match="another run"):
+            other.claim()
     checkpoints.close()
     with Checkpoints(checkpoints.directory) as other:
         other.claim()
