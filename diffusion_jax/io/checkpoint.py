@@ -233,7 +233,8 @@ class Checkpoints:
         if jax.process_index() == 0:
             try:
                 removed = self._claim()
-            except CheckpointError as found:
+            # The other processes wait for an answer, whatever it is.
+            except Exception as found:
                 error = found
         if _anywhere(error is not None):
             raise error or CheckpointError(f"process 0 could not claim {self.directory}")
@@ -243,16 +244,24 @@ class Checkpoints:
     def _claim(self) -> list[str]:
         self._path.mkdir(parents=True, exist_ok=True)
         if "://" not in self.directory and self._lock is None:
-            self._lock = (Path(self.directory) / ".lock").open("w")
+            lock = (Path(self.directory) / ".lock").open("w")
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                self._lock.close()
-                self._lock = None
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.close()
                 raise CheckpointError(
                     f"another run writes checkpoints into {self.directory}; stop it, or use "
                     "another directory"
                 ) from error
+            except OSError as error:
+                # Some network file systems have no locks.
+                warnings.warn(
+                    f"{self.directory} cannot be locked ({error}): that no other run writes into "
+                    "it is not checked",
+                    CheckpointWarning,
+                    stacklevel=4,
+                )
+            self._lock = lock
         removed = [path for path in self._path.iterdir() if ".orbax-checkpoint-tmp" in path.name]
         for path in removed:
             path.rmtree()

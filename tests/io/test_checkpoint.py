@@ -1,5 +1,6 @@
 """Checkpoints: what is written comes back bit for bit, and what does not fit is named."""
 
+import errno
 import json
 import shutil
 from collections import namedtuple
@@ -364,6 +365,15 @@ def test_one_writer_at_a_time(checkpoints):
     checkpoints.close()
     with Checkpoints(checkpoints.directory) as other:
         other.claim()
+
+
+def test_where_there_are_no_locks_it_is_said(checkpoints, monkeypatch):
+    def unsupported(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(module.fcntl, "flock", unsupported)
+    with pytest.warns(CheckpointWarning, match="cannot be locked .*No locks available"):
+        checkpoints.claim()
 
 
 def test_leftovers_of_a_kill_are_deleted_by_the_writer_alone(checkpoints):
