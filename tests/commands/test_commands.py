@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 
 from diffusion_jax import cli
 from diffusion_jax.commands import evaluate as evaluate_command
-from diffusion_jax.commands import figures
+from diffusion_jax.commands import figures, run
 from diffusion_jax.commands import train as train_command
 from diffusion_jax.commands.run import check_same_model, restore_stage
 from diffusion_jax.commands.scores import check_expected, summary, table
@@ -20,10 +22,12 @@ from diffusion_jax.data import Digits, ShapesData
 from diffusion_jax.data.sources import Arrays
 from diffusion_jax.experiment import Evaluation, Training, find, find_stages, save
 from diffusion_jax.io.files import write_text
+from diffusion_jax.io.loggers import JSONLLogger, StdoutLogger, Tolerant
 from diffusion_jax.losses import Hybrid
 from diffusion_jax.metrics import GaussianStats, Pixels, save_reference
 from diffusion_jax.models import MLPClassifierConfig, MLPConfig
 from diffusion_jax.samplers import DDPM
+from diffusion_jax.training.guard import Guard
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +78,47 @@ def test_a_run_in_two_parts_equals_one_in_one(experiment, tmp_path):
     whole = train_command.train(experiment, tmp_path / "whole")
     jax.tree.map(np.testing.assert_array_equal, parts, whole)
     assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+
+
+def test_a_run_may_be_spread_guarded_and_read_otherwise_in_its_second_part(experiment, tmp_path):
+    """On two devices, with fsdp, a guard that finds nothing, a worker, and a trace."""
+    train_command.train(longer(experiment, 2), tmp_path / "parts")
+    changed = replace(
+        experiment.training,
+        fsdp=2,
+        guard=Guard(max_skipped=2, spike=1e6),
+        on_bad_example="skip",
+        num_workers=1,
+    )
+    parts = train_command.train(
+        replace(experiment, training=changed), tmp_path / "parts", trace=True
+    )
+    whole = train_command.train(experiment, tmp_path / "whole")
+    for a, b in zip(*(jax.tree.leaves(state.trainable) for state in (parts, whole)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    losses = [[loss for _, loss in rows_of(tmp_path / name)] for name in ("parts", "whole")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_process_0_alone_has_loggers_and_none_of_them_can_stop_a_run(tmp_path, monkeypatch):
+    options = {"tensorboard": False, "wandb": None, "values": {}}
+    with pytest.raises(KeyError), run.open_loggers(tmp_path, **options) as loggers:
+        assert [type(logger.logger) for logger in loggers] == [StdoutLogger, JSONLLogger]
+        assert all(type(logger) is Tolerant for logger in loggers)
+        raise KeyError
+    monkeypatch.setattr(run, "is_writer", lambda: False)
+    with run.open_loggers(tmp_path / "other", **options) as loggers:
+        assert loggers == [] and not (tmp_path / "other").exists()
+
+
+def test_weights_and_biases_get_the_configuration(tmp_path, monkeypatch):
+    seen = {}
+    started = SimpleNamespace(define_metric=lambda *a, **k: None, finish=lambda: None)
+    wandb = SimpleNamespace(init=lambda **k: seen.update(k) or started, Image=None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with run.open_loggers(tmp_path, tensorboard=False, wandb="mine", values={"a": 1}) as loggers:
+        assert len(loggers) == 3
+    assert (seen["project"], seen["config"], seen["dir"]) == ("mine", {"a": 1}, str(tmp_path))
 
 
 def test_a_directory_belongs_to_one_experiment(experiment, workdir):
