@@ -7,6 +7,7 @@ kill_after: seconds             SIGKILL so long after the first update
 signals: [step, count]          SIGTERM to itself, count times, while a step's batch is fetched
 nan_at: [step, count]           the images of so many updates from a step on are NaN
 full_disk: step                 the folder ROOM fills up after the save of a step looked at its room
+no_space: step                  writing a step's checkpoint ends with ENOSPC
 small_disk: step                1 MB is free when a step is saved
 log_fails: step                 the log cannot be written from a step on
 """
@@ -14,6 +15,7 @@ log_fails: step                 the log cannot be written from a step on
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -110,8 +112,25 @@ def full_disk(step: int) -> None:
     Checkpoints.save = filled
 
 
+def no_space(step: int) -> None:
+    from diffusion_jax.io.checkpoint import Checkpoints
+
+    save = Checkpoints.save
+
+    def failing(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def filled(self: Checkpoints, number: int, *args: Any) -> None:
+        save(self, number, *args)
+        if number == step:
+            self._manager.wait_until_finished()
+            shutil.rmtree(os.path.join(self.directory, str(number)))
+            self._manager.wait_until_finished = failing
+
+    Checkpoints.save = filled
+
+
 def small_disk(step: int) -> None:
-    import shutil
     from types import SimpleNamespace
 
     from diffusion_jax.io.checkpoint import Checkpoints
