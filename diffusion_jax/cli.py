@@ -535,7 +535,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         print(
-            f"\n{interrupt or 'interrupted'}; the same command goes on from here", file=sys.stderr
+            f"\n{str(interrupt) or 'interrupted'}; the same command goes on from here",
+            file=sys.stderr,
         )
         return 130
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from diffusion_jax.commands.run import checkpoints, open_loggers, readable
+from diffusion_jax.commands.run import check_workdir, checkpoints, open_loggers, readable
 from diffusion_jax.core.lora import ATTENTION, init_lora, merge_lora
 from diffusion_jax.core.types import Logger, Params
 from diffusion_jax.data.batching import batches
@@ -262,8 +262,8 @@ def _values(options: FineTune) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(options), default=str))
 
 
-def _claim(options: FineTune) -> None:
-    """Writes finetune.json, or refuses a directory of another run."""
+def _check_options(options: FineTune) -> None:
+    """Refuses a directory of another run."""
     values, path = _values(options), options.workdir / "finetune.json"
     if path.exists():
         old = read_json(path)
@@ -273,8 +273,6 @@ def _claim(options: FineTune) -> None:
                 f"{options.workdir} holds a run with other values of {', '.join(changed)}; choose "
                 "another --workdir, or run with the old values"
             )
-    options.workdir.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def _params(options: FineTune, pipeline: Pipeline) -> Params:
@@ -314,6 +312,7 @@ def finetune(options: FineTune) -> Path:
       ValueError: if pipeline, data, devices or directory do not fit.
     """
     _check(options)
+    check_workdir(options.workdir)
     mesh = make_mesh(fsdp=options.fsdp)
     check_batch_size(options.batch_size, mesh, accumulate=options.accumulate)
     pipeline = _pipeline(options)
@@ -322,8 +321,9 @@ def finetune(options: FineTune) -> Path:
     params = _params(options, pipeline)
     values = _values(options)
     fixed = {name: value for name, value in values.items() if name != "processes"}
-    check_agreement({**fixed, "checkpoints": checkpoints(options.workdir).steps()})
-    agree_from_writer(lambda: _claim(options))
+    steps = checkpoints(options.workdir).steps()
+    check_agreement({**fixed, "data": data.get_state(), "checkpoints": steps})
+    agree_from_writer(lambda: _check_options(options))
     trained = ("lora/**",) if options.rank else ("unet/**",)
     rate = options.learning_rate or (1e-4 if options.rank else 1e-5)
     optimizer = Optimizer(name="adamw", learning_rate=rate, weight_decay=options.weight_decay)
@@ -350,28 +350,32 @@ def finetune(options: FineTune) -> Path:
         closing(data),
         # The base is read from its own files every time; a checkpoint knows only its digests.
         checkpoints(options.workdir, frozen=not options.rank, configuration=values) as checkpointer,
-        open_loggers(
-            options.workdir, tensorboard=options.tensorboard, wandb=options.wandb, values=values
-        ) as loggers,
     ):
-        state = fit(
-            shard_state(mesh, TrainState.create(params, tx, trainable=trained)),
-            mesh_train(step, mesh),
-            data,
-            key=jax.random.key(options.seed),
-            config=LoopConfig(
-                num_steps=options.num_steps,
-                batch_size=options.batch_size,
-                log_every=options.log_every,
-                eval_every=options.eval_every or None,
-                checkpoint_every=options.checkpoint_every,
-                max_skipped=options.guard.max_skipped,
-                trace_dir=str(options.workdir / "trace") if options.trace else None,
-            ),
-            checkpointer=checkpointer,
-            loggers=loggers,
-            on_eval=_eval_hook(options, pipeline, loggers) if options.prompt else None,
-        )
+        # Before anything is written, since another run may be under way here.
+        checkpointer.claim()
+        path, text = options.workdir / "finetune.json", json.dumps(values, indent=2) + "\n"
+        agree_from_writer(lambda: write_text(path, text))
+        with open_loggers(
+            options.workdir, tensorboard=options.tensorboard, wandb=options.wandb, values=values
+        ) as loggers:
+            state = fit(
+                shard_state(mesh, TrainState.create(params, tx, trainable=trained)),
+                mesh_train(step, mesh),
+                data,
+                key=jax.random.key(options.seed),
+                config=LoopConfig(
+                    num_steps=options.num_steps,
+                    batch_size=options.batch_size,
+                    log_every=options.log_every,
+                    eval_every=options.eval_every or None,
+                    checkpoint_every=options.checkpoint_every,
+                    max_skipped=options.guard.max_skipped,
+                    trace_dir=str(options.workdir / "trace") if options.trace else None,
+                ),
+                checkpointer=checkpointer,
+                loggers=loggers,
+                on_eval=_eval_hook(options, pipeline, loggers) if options.prompt else None,
+            )
     out = options.workdir / ("lora" if options.rank else "pipeline")
     trained_params = to_host(state.ema_params)
     agree_from_writer(lambda: _write(options, pipeline, trained_params, out))

@@ -3,8 +3,10 @@
 import contextlib
 import os
 import platform
+import re
 import time
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from diffusion_jax.io.loggers import (
 )
 from diffusion_jax.systems import Stage, System
 from diffusion_jax.training.parallel import to_host
-from diffusion_jax.training.processes import is_writer
+from diffusion_jax.training.processes import agree_from_writer, check_shared
 
 GRID_COLUMNS = 10
 
@@ -85,18 +87,44 @@ def open_loggers(
       values: the configuration, for W&B.
     """
     loggers: list[Logger] = []
-    if is_writer():
-        loggers = [StdoutLogger(), JSONLLogger(workdir / "metrics.jsonl")]
+
+    def add(make: Callable[[], Logger]) -> None:
+        try:
+            loggers.append(Tolerant(make()))
+        except ImportError:
+            raise
+        # A service that cannot be reached must not keep a run from starting again.
+        except Exception as error:
+            warnings.warn(f"a logger is left out, {type(error).__name__}: {error}", stacklevel=4)
+
+    def make_all() -> None:
+        add(StdoutLogger)
+        add(lambda: JSONLLogger(workdir / "metrics.jsonl"))
         if tensorboard:
-            loggers.append(TensorBoardLogger(workdir / "tensorboard"))
+            add(lambda: TensorBoardLogger(workdir / "tensorboard"))
         if wandb is not None:
-            loggers.append(WandbLogger(workdir, project=wandb, config=values))
-    loggers = [Tolerant(logger) for logger in loggers]
+            add(lambda: WandbLogger(workdir, project=wandb, config=values))
+
+    agree_from_writer(make_all)
     try:
         yield loggers
     finally:
         for logger in loggers:
             logger.close()
+
+
+def check_workdir(workdir: Path) -> None:
+    """Checks that a working directory is a local one, and the same for every process.
+
+    Raises:
+      ValueError: if it is an address such as gs://bucket/run, or a process does not see it.
+    """
+    if re.match("[a-z0-9]+:/", str(workdir)):
+        raise ValueError(
+            f"the working directory must be a local or mounted folder, got {workdir}; mount the "
+            "bucket, or use io.checkpoint.Checkpoints, which takes addresses, from Python"
+        )
+    check_shared(workdir)
 
 
 def readable(params: Params) -> Params:

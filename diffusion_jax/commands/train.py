@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.commands.run import (
     GRID_COLUMNS,
+    check_workdir,
     checkpoints,
     num_classes,
     open_loggers,
@@ -95,9 +96,8 @@ def check_loss(stage: Stage, shapes: Params, experiment: Experiment) -> None:
         jax.eval_shape(stage.loss, shapes, batch, keys)
 
 
-def _claim(workdir: Path, experiment: Experiment) -> None:
-    """Writes config.json, or refuses a directory that belongs to another experiment."""
-    workdir.mkdir(parents=True, exist_ok=True)
+def _check_config(workdir: Path, experiment: Experiment) -> None:
+    """Refuses a directory that belongs to another experiment."""
     path = workdir / "config.json"
     if path.exists():
         old, new = (_flat(_determining(run)) for run in (load(path), experiment))
@@ -108,7 +108,6 @@ def _claim(workdir: Path, experiment: Experiment) -> None:
                 "--workdir, or run with the old values (num_steps, intervals, the guard and how "
                 "the work is spread may change)"
             )
-    save(experiment, path)
 
 
 def _determining(experiment: Experiment) -> dict:
@@ -195,9 +194,11 @@ def train(experiment: Experiment, workdir: Path, *, trace: bool = False) -> Trai
     system = experiment.system.build()
     stage = trained_stage(experiment, system)
     workdir = stage_dir(workdir, system, config.stage)
-    # Process 0 prepares the data set, if that is to be done.
-    agree_from_writer(experiment.data.source)
-    source = experiment.data.source()
+    check_workdir(workdir)
+    # Process 0 prepares the data set first, if that is to be done.
+    sources: list[Source] = []
+    agree_from_writer(lambda: sources.append(experiment.data.source()))
+    source = sources[0] if sources else experiment.data.source()
     source = SkipBad(source) if config.on_bad_example == "skip" else source
     check_fit(experiment, source, mesh)
     key = jax.random.key(config.seed)
@@ -217,8 +218,9 @@ def train(experiment: Experiment, workdir: Path, *, trace: bool = False) -> Trai
     )
     check_loss(stage, shapes, experiment)
     values = to_dict(experiment)
-    check_agreement({**_flat(values), "checkpoints": checkpoints(workdir).steps()})
-    agree_from_writer(lambda: _claim(workdir, experiment))
+    steps = checkpoints(workdir).steps()
+    check_agreement({**_flat(values), "data": data.get_state(), "checkpoints": steps})
+    agree_from_writer(lambda: _check_config(workdir, experiment))
     tx = experiment.optimizer.build()
     step = make_train_step(
         stage.loss,
@@ -237,25 +239,28 @@ def train(experiment: Experiment, workdir: Path, *, trace: bool = False) -> Trai
     with (
         closing(data),
         checkpoints(workdir, max_to_keep=config.max_to_keep, configuration=values) as checkpointer,
-        open_loggers(
-            workdir, tensorboard=config.tensorboard, wandb=config.wandb, values=values
-        ) as loggers,
     ):
-        return fit(
-            init_state(create, mesh, key_init),
-            mesh_train(step, mesh),
-            data,
-            key=key_train,
-            config=LoopConfig(
-                num_steps=config.num_steps,
-                batch_size=config.batch_size,
-                log_every=config.log_every,
-                eval_every=config.eval_every or None,
-                checkpoint_every=config.checkpoint_every,
-                max_skipped=config.guard.max_skipped,
-                trace_dir=str(workdir / "trace") if trace else None,
-            ),
-            checkpointer=checkpointer,
-            loggers=loggers,
-            on_eval=_eval_hook(experiment, stage, loggers) if stage.sample else None,
-        )
+        # Before anything is written, since another run may be under way here.
+        checkpointer.claim()
+        agree_from_writer(lambda: save(experiment, workdir / "config.json"))
+        with open_loggers(
+            workdir, tensorboard=config.tensorboard, wandb=config.wandb, values=values
+        ) as loggers:
+            return fit(
+                init_state(create, mesh, key_init),
+                mesh_train(step, mesh),
+                data,
+                key=key_train,
+                config=LoopConfig(
+                    num_steps=config.num_steps,
+                    batch_size=config.batch_size,
+                    log_every=config.log_every,
+                    eval_every=config.eval_every or None,
+                    checkpoint_every=config.checkpoint_every,
+                    max_skipped=config.guard.max_skipped,
+                    trace_dir=str(workdir / "trace") if trace else None,
+                ),
+                checkpointer=checkpointer,
+                loggers=loggers,
+                on_eval=_eval_hook(experiment, stage, loggers) if stage.sample else None,
+            )

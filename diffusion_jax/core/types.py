@@ -121,8 +121,12 @@ class DataIterator(Protocol):
 class Checkpointer(Protocol):
     """Durable storage of a training state and the position of its data."""
 
-    def claim(self) -> list[str]:
-        """Becomes the only writer; names of incomplete checkpoints that were deleted."""
+    def claim(self) -> None:
+        """Becomes the only writer, and deletes what a killed one left half done."""
+        ...
+
+    def release(self) -> None:
+        """Ends the claim."""
         ...
 
     @property

@@ -71,12 +71,10 @@ def digest(leaf: Array) -> Array:
     not forgeries.
 
     Args:
-      leaf: numbers, booleans or typed keys.
+      leaf: numbers or booleans.
 
     Source: none; a convention of this library. `mix` is the finalizer of MurmurHash3.
     """
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
     return _apply(_sums, leaf)
 
 

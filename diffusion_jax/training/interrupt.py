@@ -57,18 +57,23 @@ class Signals:
     def __exit__(self, *exception: Any) -> None:
         self._restore()
 
-    def stop_after(self, step: int) -> bool:
-        """Whether training is to stop with this update; the same in every process.
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C came."""
+        return self._received == signal.SIGINT
 
-        Every process asks after every update.
+    def stop(self) -> bool:
+        """Whether training is to stop here; the same in every process.
+
+        Every process asks before the first update and after every one.
         """
-        if processes.reached_preemption(step):
+        if processes.reached_preemption():
             self._received = signal.SIGTERM
         return self._received is not None
 
     def raise_received(self, step: int, state: TrainState) -> None:
         """Raises what the signal asks for, once the state of `step` is safe."""
-        if self._received == signal.SIGINT:
+        if self.interrupted:
             raise TrainingInterrupted(step, state)
         if self._received == signal.SIGTERM:
             raise SystemExit(SIGTERM_EXIT_CODE)

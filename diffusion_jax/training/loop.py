@@ -10,10 +10,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from diffusion_jax.core.types import Batch, Checkpointer, DataIterator, Key, Logger
-from diffusion_jax.training.interrupt import Signals
+from diffusion_jax.training.interrupt import Signals, TrainingInterrupted
 from diffusion_jax.training.meters import Clock, Window
 from diffusion_jax.training.parallel import Step
-from diffusion_jax.training.processes import is_writer
+from diffusion_jax.training.processes import agree_from_writer, is_writer
 from diffusion_jax.training.state import TrainState
 from diffusion_jax.training.step import step_keys
 
@@ -109,17 +109,15 @@ class _Run:
         """Restores the newest good checkpoint, if there is one; the number of updates done."""
         if self.checkpointer is None:
             return int(self.state.step)
-        for name in self.checkpointer.claim():
-            _say(f"deleted {name}, which a killed run left half written")
+        self.checkpointer.claim()
         if self.checkpointer.last_committed_step is not None:
             self.state, position = self.checkpointer.restore(self.state)
             self.data.set_state(position["data"])
             self.window.rows = [(step, dict(row)) for step, row in position["metrics"]]
             _say(f"going on from the checkpoint of step {self.checkpointer.restored_step}")
         step = int(self.state.step)
-        for logger in self.loggers:
-            # Rows of updates that a killed run made after its last checkpoint come again.
-            logger.truncate_after(step)
+        # Rows of updates that a killed run made after its last checkpoint come again.
+        agree_from_writer(lambda: [logger.truncate_after(step) for logger in self.loggers])
         return step
 
     def next_batch(self, step: int, size: int) -> Batch:
@@ -229,23 +227,33 @@ class _Run:
     def after(self, step: int, signals: Signals) -> None:
         """What is due after update number `step`."""
         config, last = self.config, step == self.config.num_steps
-        stopping = signals.stop_after(step)
+        stopping = signals.stop()
 
         def due(every: int | None) -> bool:
             return every is not None and step % every == 0
 
         if last or due(config.log_every):
             self.log(step)
-        if self.on_eval is not None and due(config.eval_every) and not stopping:
-            self.evaluate(step, self.on_eval)
-        if last or due(config.checkpoint_every) or stopping:
-            self.save(step)
+        try:
+            if last or due(config.checkpoint_every) or stopping:
+                self.save(step)
+            if stopping:
+                self.last_checkpoint()
+        except Exception as error:
+            if signals.interrupted:
+                # In a notebook the state is still there.
+                raise TrainingInterrupted(step, self.state) from error
+            raise
         if stopping:
-            self.last_checkpoint()
             signals.raise_received(step, self.state)
+        # Behind the save, since drawing takes memory that may not be there.
+        if self.on_eval is not None and due(config.eval_every):
+            self.evaluate(step, self.on_eval)
 
     def loop(self, start: int) -> None:
         with Signals() as signals:
+            if signals.stop():
+                signals.raise_received(start, self.state)
             self.first_update(start + 1)
             self.after(start + 1, signals)
             with self.progress_bar("training", start + 1) as steps:
@@ -253,6 +261,8 @@ class _Run:
                     self.trace(step, start)
                     self.update(step)
                     self.after(step, signals)
+            # A signal during the last log row or evaluation.
+            signals.raise_received(self.config.num_steps, self.state)
 
 
 def fit(
@@ -325,5 +335,8 @@ def fit(
     finally:
         run.end_trace()
         if checkpointer is not None:
-            checkpointer.wait()
+            try:
+                checkpointer.wait()
+            finally:
+                checkpointer.release()
     return run.state

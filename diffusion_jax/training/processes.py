@@ -4,13 +4,16 @@ The only file that uses jax.distributed. With one process every function here wo
 has nothing to wait for.
 """
 
+import itertools
 import json
 import os
+import secrets
 import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -227,6 +230,32 @@ def check_agreement(what: Mapping[str, Any]) -> None:
         )
 
 
+def check_shared(directory: Path) -> None:
+    """Checks that every process sees the same local directory; process 0 creates it.
+
+    Raises:
+      ValueError: in every process, with the numbers of those that do not see it.
+    """
+    if jax.process_count() == 1:
+        return
+    file = directory / f".seen-{_gather_text(secrets.token_hex(8))[0]}"
+
+    def leave() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+    agree_from_writer(leave)
+    answers = _gather_text("" if file.exists() else "no")
+    if is_writer():
+        file.unlink()
+    blind = [index for index, answer in enumerate(answers) if answer]
+    if blind:
+        raise ValueError(
+            f"the processes {blind} do not see what process 0 writes into {directory}; the working "
+            "directory must be on a file system that all of them share"
+        )
+
+
 def agree_from_writer(function: Callable[[], object]) -> None:
     """Runs a function in process 0; if it raises, every process does.
 
@@ -247,22 +276,25 @@ def agree_from_writer(function: Callable[[], object]) -> None:
         raise ValueError(f"process 0 failed: {answer}")
 
 
-def reached_preemption(step: int) -> bool:
+# jax agrees on the number behind the largest one that any process has asked with, so that
+# numbers must follow each other without a gap, also from one training to the next.
+_questions = itertools.count(1)
+
+
+def reached_preemption() -> bool:
     """Whether the job is about to end and this is the step to save, the same in every process.
 
-    Call it at every step in every process. A SIGTERM to any of them is the notice; it becomes
-    True one step after the furthest process. From then on SIGTERM kills, so that a save that
-    hangs can be ended; this call waits a second before, for notices that come late.
-
-    Args:
-      step: number of updates done.
+    Every process asks before training and after every step. A SIGTERM to any of them is the
+    notice; it becomes True one question after the furthest process. From then on SIGTERM kills,
+    so that a save that hangs can be ended; this call waits a second before, for notices that come
+    late.
 
     Returns:
       False if there is no notice, and always if the processes were not joined.
     """
     if not jax.distributed.is_initialized():
         return False
-    if not multihost_utils.reached_preemption_sync_point(step):
+    if not multihost_utils.reached_preemption_sync_point(next(_questions)):
         return False
     time.sleep(_NOTICE_SECONDS)
     # Python sets handlers in the main thread only.

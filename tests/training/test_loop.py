@@ -290,6 +290,40 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(tmp_path, monkeypatch
             _fit(checkpointer=checkpoints)
 
 
+def test_ctrl_c_leaves_the_state_where_it_cannot_be_saved(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
+        with pytest.raises(TrainingInterrupted) as stopped:
+            data = toy.Data(hook=_send(signal.SIGINT, position=2))
+            _fit(data=data, checkpointer=checkpoints)
+    assert isinstance(stopped.value.__cause__, CheckpointSaveError)
+    assert int(stopped.value.state.step) == 3
+
+
+def test_a_signal_in_the_last_evaluation_is_not_lost():
+    with pytest.raises(SystemExit):
+        _fit(eval_every=6, on_eval=lambda step, state: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def test_a_failing_evaluation_loses_no_update(tmp_path):
+    def fails(step, state):
+        raise MemoryError
+
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(MemoryError):
+            _fit(checkpointer=checkpoints, eval_every=4, on_eval=fails)
+        assert checkpoints.steps() == (4,)
+
+
+def test_the_claim_ends_with_the_call(tmp_path):
+    """So that a cell of a notebook can be run again while its checkpoints are still open."""
+    kept = Checkpoints(tmp_path)
+    _fit(checkpointer=kept, num_steps=2)
+    with Checkpoints(tmp_path) as checkpoints:
+        _fit(checkpointer=checkpoints, num_steps=4)
+    kept.close()
+
+
 def test_evaluation_sees_the_state_of_its_step():
     seen = []
     _fit(eval_every=2, on_eval=lambda step, state: seen.append((step, int(state.step))))

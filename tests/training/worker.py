@@ -180,7 +180,7 @@ def preempted():
     """Steps until the notice, then waits to be killed."""
     say(stepping=True)
     step = 0
-    while not processes.reached_preemption(step):
+    while not processes.reached_preemption():
         processes.barrier("step")
         step += 1
         time.sleep(0.02)
