@@ -321,9 +321,6 @@ def finetune(options: FineTune) -> Path:
     params = _params(options, pipeline)
     values = _values(options)
     fixed = {name: value for name, value in values.items() if name != "processes"}
-    steps = checkpoints(options.workdir).steps()
-    check_agreement({**fixed, "data": data.get_state(), "checkpoints": steps})
-    agree_from_writer(lambda: _check_options(options))
     trained = ("lora/**",) if options.rank else ("unet/**",)
     rate = options.learning_rate or (1e-4 if options.rank else 1e-5)
     optimizer = Optimizer(name="adamw", learning_rate=rate, weight_decay=options.weight_decay)
@@ -346,6 +343,9 @@ def finetune(options: FineTune) -> Path:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    steps = checkpoints(options.workdir).steps()
+    check_agreement({**fixed, "data": data.get_state(), "checkpoints": steps})
+    agree_from_writer(lambda: _check_options(options))
     with (
         closing(data),
         # The base is read from its own files every time; a checkpoint knows only its digests.

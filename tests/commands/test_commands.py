@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -21,12 +22,14 @@ from diffusion_jax.core.timesteps import Steps
 from diffusion_jax.data import Digits, ShapesData
 from diffusion_jax.data.sources import Arrays
 from diffusion_jax.experiment import Evaluation, Training, find, find_stages, save
+from diffusion_jax.io.checkpoint_errors import CheckpointError
 from diffusion_jax.io.files import write_text
 from diffusion_jax.io.loggers import JSONLLogger, StdoutLogger, Tolerant
 from diffusion_jax.losses import Hybrid
 from diffusion_jax.metrics import GaussianStats, Pixels, save_reference
 from diffusion_jax.models import MLPClassifierConfig, MLPConfig
 from diffusion_jax.samplers import DDPM
+from diffusion_jax.training import processes
 from diffusion_jax.training.guard import Guard
 
 pytestmark = pytest.mark.slow
@@ -106,9 +109,34 @@ def test_process_0_alone_has_loggers_and_none_of_them_can_stop_a_run(tmp_path, m
         assert [type(logger.logger) for logger in loggers] == [StdoutLogger, JSONLLogger]
         assert all(type(logger) is Tolerant for logger in loggers)
         raise KeyError
-    monkeypatch.setattr(run, "is_writer", lambda: False)
+    monkeypatch.setattr(processes, "is_writer", lambda: False)
     with run.open_loggers(tmp_path / "other", **options) as loggers:
         assert loggers == [] and not (tmp_path / "other").exists()
+
+
+def test_a_logger_that_cannot_be_opened_is_left_out(tmp_path, monkeypatch):
+    def refused(**options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refused, Image=None))
+    with pytest.warns(UserWarning, match="left out, ConnectionError: no network"):
+        with run.open_loggers(tmp_path, tensorboard=False, wandb="mine", values={}) as loggers:
+            assert len(loggers) == 2
+
+
+def test_a_second_run_touches_nothing_of_the_first(experiment, tmp_path):
+    train_command.train(longer(experiment, 2), tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    with run.checkpoints(tmp_path) as first:
+        first.claim()
+        with pytest.raises(CheckpointError, match="another run writes"):
+            train_command.train(experiment, tmp_path)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_addresses_are_no_working_directories(experiment):
+    with pytest.raises(ValueError, match="must be a local or mounted folder, got gs:/bucket/run"):
+        train_command.train(experiment, Path("gs://bucket/run"))
 
 
 def test_weights_and_biases_get_the_configuration(tmp_path, monkeypatch):
