@@ -748,7 +748,7 @@ class Checkpoints:
     def _compare_conditions(self, step: int, layout: dict[str, Any]) -> None:
         then, now = layout["conditions"], _conditions()
         changed = [
-            f"{name} {then[name]} (now {now[name]})"
+            f"{name} {then.get(name, 'unknown')} (now {now[name]})"
             for name in _DETERMINING
             if then and then.get(name) != now[name]
         ]

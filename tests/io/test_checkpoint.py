@@ -450,6 +450,11 @@ def test_other_conditions_are_said(checkpoints, monkeypatch):
     monkeypatch.setattr(module, "_conditions", lambda: {**now, "devices": 8})
     with pytest.warns(CheckpointWarning, match=r"devices 2 \(now 8\): .* up to rounding"):
         checkpoints.restore(_large())
+    # A condition that was not recorded yet when it was written.
+    monkeypatch.setattr(module, "_DETERMINING", ("weather",))
+    monkeypatch.setattr(module, "_conditions", lambda: {**now, "weather": "rain"})
+    with pytest.warns(CheckpointWarning, match=r"weather unknown \(now rain\)"):
+        checkpoints.restore(_large())
 
 
 def test_checkpoints_from_before_digests_still_read(checkpoints):
