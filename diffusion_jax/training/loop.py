@@ -254,6 +254,8 @@ class _Run:
         with Signals() as signals:
             if signals.stop():
                 signals.raise_received(start, self.state)
+            if self.config.trace_dir is not None and start + _TRACE_AFTER > self.config.num_steps:
+                _say(f"no trace is made: fewer than {_TRACE_AFTER} updates are left")
             self.first_update(start + 1)
             self.after(start + 1, signals)
             with self.progress_bar("training", start + 1) as steps:

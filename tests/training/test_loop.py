@@ -272,6 +272,13 @@ def test_a_trace_can_be_taken(tmp_path):
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
+def test_a_run_too_short_for_a_trace_says_so(tmp_path, capsys):
+    _fit(num_steps=4, trace_dir=str(tmp_path / "trace"))
+    assert "no trace is made: fewer than 5 updates are left" in capsys.readouterr().out
+    _fit(num_steps=5, trace_dir=str(tmp_path / "trace"))
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+
+
 def test_a_corrupted_checkpoint_is_passed_over_and_its_step_made_again(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         _fit(checkpointer=checkpoints, checkpoint_every=2, num_steps=4)
