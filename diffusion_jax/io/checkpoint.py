@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import os
 import platform
 import shutil
 import textwrap
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from diffusion_jax.core.params import merge
 from diffusion_jax.core.types import Params
@@ -30,10 +29,17 @@ from diffusion_jax.io.checkpoint_errors import (
     CheckpointSaveError,
     CheckpointWarning,
 )
-
-KINDS = {"ema": "ema", "raw": "trainable"}
-
-Leaves = dict[tuple[str, ...], Any]
+from diffusion_jax.io.checkpoint_leaves import (
+    KINDS,
+    Leaves,
+    abstract,
+    check_fit,
+    digests_of,
+    empty_nodes,
+    leaves_of,
+    non_finite,
+)
+from diffusion_jax.io.locks import locked
 
 _FORMAT = 2
 _LIBRARIES = (
@@ -71,69 +77,6 @@ class _Reading(NamedTuple):
     finish: Callable[[Leaves], Any]
 
 
-def _name(entry: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    raise ValueError(f"cannot name the tree entry {entry!r}; use dicts, dataclasses or tuples")
-
-
-def _leaves(tree: Any) -> Leaves:
-    """Leaves by path, whatever the containers; orbax would turn tuples into lists."""
-    with_paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {tuple(_name(entry) for entry in path): leaf for path, leaf in with_paths}
-
-
-def _empty_nodes(tree: Any) -> list[list[str]]:
-    """Paths of the empty dicts in the parameter subtrees, which have no leaf to be saved by."""
-    paths = []
-    for part in ("trainable", "frozen"):
-        flat = flatten_dict(dict(getattr(tree, part, {})), keep_empty_nodes=True)
-        paths += [[part, *path] for path, leaf in flat.items() if leaf is empty_node]
-    return paths
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None)
-    # What metadata calls a sharding is a description of the devices of the writer.
-    if not isinstance(sharding, jax.sharding.Sharding):
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _describe(leaf: Any) -> str:
-    return "nothing" if leaf is None else f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-
-
-def _check(where: str, saved: Leaves, wanted: Leaves) -> None:
-    differences = []
-    for path in sorted(saved.keys() | wanted.keys()):
-        old, new = _describe(saved.get(path)), _describe(wanted.get(path))
-        if old != new:
-            differences.append(f"{'/'.join(path)}: saved {old}, wanted {new}")
-    if differences:
-        raise CheckpointMismatchError(where, differences)
-
-
-def _digests(leaves: Leaves) -> dict[str, str]:
-    """Shape, dtype and digest of every leaf by its path."""
-    sums = jax.device_get({path: digests.digest(leaf) for path, leaf in leaves.items()})
-    return {
-        "/".join(path): f"{_describe(leaf)} {digests.text(sums[path])}"
-        for path, leaf in leaves.items()
-    }
-
-
-def _non_finite(leaves: Leaves) -> list[str]:
-    """Paths of the parameters and averages that hold NaN or infinity."""
-    finite = {
-        "/".join(path): digests.is_finite(leaf)
-        for path, leaf in leaves.items()
-        if path[0] in KINDS.values() and jnp.issubdtype(leaf.dtype, jnp.inexact)
-    }
-    return [path for path, is_finite in jax.device_get(finite).items() if not is_finite]
-
-
 def _brief(error: Exception) -> str:
     """An error in a line; those of tensorstore go on for pages."""
     first = next(iter(str(error).splitlines()), "")
@@ -166,37 +109,6 @@ def _conditions() -> dict[str, Any]:
         "devices": jax.device_count(),
         "processes": jax.process_count(),
     }
-
-
-def _locked(path: Path) -> Any:
-    """An open file with a lock, None where there are no locks."""
-    lock = path.open("a+")
-    try:
-        import fcntl
-
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
-        owner = lock.read().strip() or "unknown"
-        lock.close()
-        raise CheckpointError(
-            f"another run writes checkpoints into {path.parent} (process {owner}); stop it, or use "
-            "another directory"
-        ) from error
-    # Windows, and some network file systems.
-    except (ImportError, OSError) as error:
-        lock.close()
-        warnings.warn(
-            f"{path.parent} cannot be locked ({error}): that no other run writes into it is not "
-            "checked",
-            CheckpointWarning,
-            stacklevel=6,
-        )
-        return None
-    lock.truncate(0)
-    lock.write(f"{os.getpid()} on {platform.node()}")
-    lock.flush()
-    return lock
 
 
 def resolve(directory: str | PathLike) -> str:
@@ -292,7 +204,7 @@ class Checkpoints:
     def _claim(self) -> None:
         self._path.mkdir(parents=True, exist_ok=True)
         if self._lock is None and "://" not in self.directory:
-            self._lock = _locked(Path(self.directory) / ".lock")
+            self._lock = locked(Path(self.directory) / ".lock")
         if self._lock is None:
             # Another run may be writing them.
             return
@@ -367,7 +279,7 @@ class Checkpoints:
             position = json.loads(json.dumps(data_state))
         except TypeError as error:
             raise ValueError(f"data_state must be JSON-serialisable: {error}") from error
-        leaves = _leaves(state)
+        leaves = leaves_of(state)
         keys = [p for p, x in leaves.items() if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
         if keys:
             raise ValueError(f"{'/'.join(keys[0])} is a typed key; save jax.random.key_data of it")
@@ -377,14 +289,14 @@ class Checkpoints:
                 f"jax would restore {'/'.join(wide[0])} with 32 bits; save it with 32 bits, or "
                 "enable x64"
             )
-        bad = _non_finite(leaves)
+        bad = non_finite(leaves)
         if bad:
             raise CheckpointSaveError(step, newest, f"NaN or infinity in {', '.join(bad)}")
         body = {
             "version": _FORMAT,
-            "empty": _empty_nodes(state),
+            "empty": empty_nodes(state),
             "frozen": self.frozen,
-            "digests": _digests(leaves),
+            "digests": digests_of(leaves),
             "data": digests.of_json(position),
             "conditions": _conditions(),
             "configuration": self.configuration,
@@ -447,10 +359,10 @@ class Checkpoints:
         return self._newest_good(lambda number: self._restore(state, number), step)
 
     def _restore(self, state: Any, step: int) -> _Reading:
-        wanted, layout = _leaves(state), self._layout(step)
+        wanted, layout = leaves_of(state), self._layout(step)
         fixed = {} if layout["frozen"] else {p: x for p, x in wanted.items() if p[0] == "frozen"}
-        read = {path: _abstract(leaf) for path, leaf in wanted.items() if path not in fixed}
-        _check(self._where(step), self._saved_leaves(step), read)
+        read = {path: abstract(leaf) for path, leaf in wanted.items() if path not in fixed}
+        check_fit(self._where(step), self._saved_leaves(step), read)
         position = self._json(step, "data")
         if layout["data"] not in (None, digests.of_json(position)):
             raise self._corrupted(step, "the position of the data has changed")
@@ -497,12 +409,12 @@ class Checkpoints:
         layout, saved = self._layout(step), self._saved_params(step, kind)
         parts = (KINDS[kind], "frozen")
         fixed = self._frozen_leaves(step, layout, frozen)
-        wanted = {path: _abstract(leaf) for path, leaf in saved.items()}
+        wanted = {path: abstract(leaf) for path, leaf in saved.items()}
         if like is not None:
-            target = _leaves(like)
+            target = leaves_of(like)
             found = {path[1:]: leaf for path, leaf in (saved | fixed).items()}
-            _check(self._where(step), found, target)
-            wanted = {path: _abstract(target[path[1:]]) for path in saved}
+            check_fit(self._where(step), found, target)
+            wanted = {path: abstract(target[path[1:]]) for path in saved}
 
         def finish(arrays: Leaves) -> Params:
             self._check_base(step, layout, fixed)
@@ -529,11 +441,11 @@ class Checkpoints:
 
     def _matching(self, step: int, like: Params, kind: str) -> _Reading:
         layout, saved = self._layout(step), self._saved_params(step, kind)
-        target = _leaves(like)
+        target = leaves_of(like)
         both = {path: leaf for path, leaf in saved.items() if path[1:] in target}
         common = {path[1:]: leaf for path, leaf in both.items()}
-        _check(self._where(step), common, {path: target[path] for path in common})
-        wanted = {path: _abstract(target[path[1:]]) for path in both}
+        check_fit(self._where(step), common, {path: target[path] for path in common})
+        wanted = {path: abstract(target[path[1:]]) for path in both}
 
         def finish(arrays: Leaves) -> Matching:
             read = {path[1:]: leaf for path, leaf in arrays.items()}
@@ -633,7 +545,7 @@ class Checkpoints:
 
     def _changed(self, step: int, reading: _Reading) -> CheckpointCorruptedError | None:
         """What is wrong with the values that were read, if anything."""
-        found, saved = _digests(reading.leaves), reading.layout["digests"]
+        found, saved = digests_of(reading.leaves), reading.layout["digests"]
         changed = tuple(path for path in found if saved and saved.get(path) != found[path])
         if not changed:
             return None
@@ -706,7 +618,7 @@ class Checkpoints:
             raise ValueError(
                 f"{self._where(step)} leaves the frozen leaves out; pass them as `frozen`"
             )
-        given: Leaves = {("frozen", *path): leaf for path, leaf in _leaves(frozen).items()}
+        given: Leaves = {("frozen", *path): leaf for path, leaf in leaves_of(frozen).items()}
         fixed: Leaves = {
             path: x for path, x in given.items() if "/".join(path) in layout["digests"]
         }
@@ -716,14 +628,14 @@ class Checkpoints:
         """Whether frozen leaves that were not saved are those that the run was trained with."""
         if layout["frozen"]:
             return
-        abstract = ["/".join(p) for p, x in fixed.items() if isinstance(x, jax.ShapeDtypeStruct)]
-        if abstract:
+        no_values = ["/".join(p) for p, x in fixed.items() if isinstance(x, jax.ShapeDtypeStruct)]
+        if no_values:
             raise ValueError(
                 f"{self._where(step)} leaves the frozen leaves out, so that the state must have "
-                f"their values: {', '.join(abstract)}"
+                f"their values: {', '.join(no_values)}"
             )
         saved = {path: x for path, x in layout["digests"].items() if path.startswith("frozen/")}
-        given = _digests(fixed)
+        given = digests_of(fixed)
         differences = [
             f"{path}: trained with {saved.get(path, 'nothing')}, given {given.get(path, 'nothing')}"
             for path in sorted(saved.keys() | given.keys())

@@ -9,7 +9,7 @@ import jax
 
 from diffusion_jax.core.types import Params
 from diffusion_jax.experiment import Experiment, load
-from diffusion_jax.io.checkpoint import KINDS
+from diffusion_jax.io.checkpoint_leaves import KINDS
 from diffusion_jax.io.shards import read_json
 from diffusion_jax.pretrained.networks import (
     CONFIG,
