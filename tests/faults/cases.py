@@ -333,6 +333,23 @@ def _terminated_two(lab: Lab) -> None:
 
 
 @fault(
+    "SIGTERM to one of two processes that just went on",
+    tried="during the first update after a checkpoint of step 16",
+    sees="both save and exit with 143",
+    lost="nothing",
+)
+def _terminated_early(lab: Lab) -> None:
+    workdir = _folder(lab, "terminated-early")
+    shutil.copytree(lab.undisturbed, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "24")
+    ends = lab.wait_two(lab.start_two(workdir, fault={"signals": [17, 1]}))
+    assert [end.code for end in ends] == [143, 143], ends
+    assert 17 <= lab.steps(workdir)[-1] <= STEPS, lab.steps(workdir)
+    lab.run(workdir)
+    lab.check_close(workdir)
+
+
+@fault(
     "a process of two dies",
     tried="SIGKILL to the second of two processes during a run, heartbeat 10 s",
     sees="the other ends with an error of jax; whoever started both starts them again",

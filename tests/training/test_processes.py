@@ -134,7 +134,7 @@ def one(running):
 def job(running, one):
     """Two processes that find each other by what Slurm would say; started beside `one`."""
     folder, started = running
-    port, tasks = _free_port(), ["curves", "agreement", "placement", "preempted"]
+    port, tasks = _free_port(), ["curves", "agreement", "placement", "files", "preempted"]
     pair = [
         Worker.start(folder, f"slurm{index}", {}, tasks, env=_slurm(index, port))
         for index in range(2)
@@ -240,6 +240,19 @@ def test_a_writer_that_fails_fails_everywhere(job):
     assert first["success"] == second["success"] == ""
     assert first["failure"] == "OSError: no space left"
     assert second["failure"] == "ValueError: process 0 failed: OSError: no space left"
+
+
+def test_a_directory_that_one_process_does_not_see_is_refused_by_all(job):
+    for each in job:
+        seen = each.said("files")
+        assert seen["shared"] == ""
+        assert "ValueError: the processes [1] do not see what process 0 writes" in seen["own"]
+
+
+def test_a_part_that_one_process_cannot_read_is_passed_over_by_all(job):
+    """The newest checkpoint is set aside, and both go on from the one before."""
+    for each in job:
+        assert each.said("files")["restored"] == [8, True, [8]]
 
 
 def test_a_notice_to_one_process_stops_all_at_the_same_step_and_a_second_kills(job):

@@ -5,14 +5,17 @@ return goes to the file REPORT, one line of JSON after the other.
 """
 
 import json
+import os
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.training import parallel, processes
 from diffusion_jax.training.ema import EMA
 from diffusion_jax.training.state import TrainState
@@ -173,6 +176,31 @@ def memory():
         state, _ = parallel.mesh_train(step, mesh, min_shard_size=1)(*arguments)
         kept = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state)]
         seen[fsdp] = [compiled.memory_analysis().argument_size_in_bytes, sum(kept)]
+    return seen
+
+
+def files():
+    """A directory that all see or not, and a checkpoint of which process 1 cannot read its part."""
+    place, index = Path(sys.argv[2]).parent, jax.process_index()
+    mesh, w = parallel.make_mesh(fsdp=4), np.random.default_rng(0).normal(size=(4096, 8))
+    state = parallel.shard_state(mesh, {"w": w.astype(np.float32)}, min_shard_size=1)
+    seen = {
+        "shared": _message(lambda: processes.check_shared(place / "all")),
+        "own": _message(lambda: processes.check_shared(place / f"own{index}")),
+    }
+    with Checkpoints(place / "all") as checkpoints:
+        for step in (8, 16):
+            checkpoints.save(step, state, {})
+        checkpoints.wait()
+        if processes.is_writer():
+            parts = (place / "all" / "16" / "state" / "ocdbt.process_1" / "d").iterdir()
+            largest = max(parts, key=lambda path: path.stat().st_size)
+            os.truncate(largest, largest.stat().st_size // 2)
+        processes.barrier("cut")
+        checkpoints.claim()
+        restored, _ = checkpoints.restore(state)
+        same = np.array_equal(parallel.to_host(restored)["w"], w.astype(np.float32))
+        seen["restored"] = [checkpoints.restored_step, same, checkpoints.steps()]
     return seen
 
 
