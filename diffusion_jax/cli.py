@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from jax.errors import JaxRuntimeError
 
 from diffusion_jax.commands.bench_plan import Benchmark, find_benchmark
 from diffusion_jax.configuration import TABLES
 from diffusion_jax.experiment import EXPERIMENTS, Experiment, find, find_stages, run_configs
 from diffusion_jax.io.checkpoint_errors import CheckpointError
 from diffusion_jax.systems.parts import SWITCHES
+from diffusion_jax.training.memory import is_out_of_memory
 from diffusion_jax.training.processes import Processes, initialize
 
 USAGE = f"""usage: diffusion-jax COMMAND …
@@ -42,6 +44,16 @@ NAME is one of {", ".join(EXPERIMENTS)}, a .py file that defines CONFIG, a .json
 working directory of a run. Every value of the experiment is an option (see COMMAND NAME --help);
 a part is exchanged by its name: --system.sampler ddim, --system.schedule cosine.
 """
+
+# What one line explains.
+EXPECTED = (
+    ValueError,
+    OSError,
+    ImportError,
+    MemoryError,
+    FloatingPointError,
+    CheckpointError,
+)
 
 Config = Annotated[Experiment, tyro.conf.arg(name="")]
 
@@ -530,8 +542,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = parse(arguments)
         return command.run()
-    except (ValueError, OSError, ImportError, FloatingPointError, CheckpointError) as error:
+    except EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"error: a device has too little memory ({str(error).splitlines()[0]}); lower the "
+            "batch size, the number or the size of the images, or choose --dtype bfloat16 or "
+            "--offload where the command has them",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt as interrupt:
         print(

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from diffusion_jax.core.types import Array, Batch, Key, Metrics, Params
+from diffusion_jax.training.memory import within_memory
 from diffusion_jax.training.state import TrainState
 
 Step = Callable[[TrainState, Batch, Key], tuple[TrainState, Metrics]]
@@ -23,6 +24,11 @@ State = TypeVar("State")
 
 # Below 64 Ki elements the collectives cost more than the memory that sharding saves.
 MIN_SHARD_SIZE = 2**16
+
+_SMALLER_UPDATES = (
+    "Lower the batch size, or raise accumulate, which leaves it as it is; recompute blocks (remat) "
+    "or compute in bfloat16 in the network; split the state with fsdp"
+)
 
 
 def make_mesh(
@@ -254,6 +260,7 @@ def mesh_train(step: Step, mesh: Mesh, *, min_shard_size: int = MIN_SHARD_SIZE) 
     Raises:
       ValueError: if the step averages over a named axis; when called, if the batch does not
         split over the devices.
+      OutOfMemoryError: when called, if a device has too little memory.
     """
     axis_name = getattr(step, "axis_name", None)
     if axis_name is not None:
@@ -267,9 +274,11 @@ def mesh_train(step: Step, mesh: Mesh, *, min_shard_size: int = MIN_SHARD_SIZE) 
         if structure not in compiled:
             shardings = state_shardings(mesh, state, min_shard_size=min_shard_size)
             out = (shardings, NamedSharding(mesh, P()))
-            compiled[structure] = shardings, jax.jit(step, donate_argnums=0, out_shardings=out)
-        shardings, jitted = compiled[structure]
-        return jitted(_place(state, shardings), *shard_batch(mesh, (batch, keys)))
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
+            function = within_memory(jitted, what="an update", advice=_SMALLER_UPDATES)
+            compiled[structure] = shardings, function
+        shardings, function = compiled[structure]
+        return function(_place(state, shardings), *shard_batch(mesh, (batch, keys)))
 
     return run
 
@@ -288,13 +297,18 @@ def mesh_sample(
 
     Returns:
       callable of the same signature, whose images stay split over the mesh. It raises
-      ValueError if B does not split over the devices.
+      ValueError if B does not split over the devices, and OutOfMemoryError if a device has too
+      little memory.
     """
-    jitted = jax.jit(sample_fn, out_shardings=_batch_sharding(mesh))
+    draw = within_memory(
+        jax.jit(sample_fn, out_shardings=_batch_sharding(mesh)),
+        what="drawing a batch of images",
+        advice="Lower the batch size, or compute in bfloat16 in the network",
+    )
 
     def run(params: Params, inputs: Any, keys: Key, *rest: Any) -> Array:
         params = shard_state(mesh, params, min_shard_size=min_shard_size)
-        return jitted(params, *shard_batch(mesh, (inputs, keys)), *replicate(mesh, rest))
+        return draw(params, *shard_batch(mesh, (inputs, keys)), *replicate(mesh, rest))
 
     return run
 

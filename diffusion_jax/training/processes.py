@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -130,6 +131,22 @@ def _check_environment(launcher: str) -> None:
         )
 
 
+def _check_port(port: int) -> None:
+    """A taken port would be a segmentation fault of jax."""
+    dual = socket.has_dualstack_ipv6()
+    with socket.socket(socket.AF_INET6 if dual else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if dual:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ValueError(
+                f"process 0 cannot listen at port {port} of its machine ({error.strerror}); choose "
+                "a free one, the same for all processes"
+            ) from error
+
+
 def initialize(config: Processes) -> None:
     """Joins the processes of the job, if there are several; call it before jax sees a device.
 
@@ -140,7 +157,7 @@ def initialize(config: Processes) -> None:
 
     Raises:
       ValueError: if a launcher was named, or started several processes, whose environment is
-        not complete.
+        not complete, or if the coordinator's port is taken.
       RuntimeError: if the processes were joined already, or jax has used a device already.
     """
     if jax.distributed.is_initialized():
@@ -153,6 +170,8 @@ def initialize(config: Processes) -> None:
         "shutdown_timeout_seconds": config.heartbeat_seconds,
     }
     if config.coordinator is not None:
+        if config.index == 0:
+            _check_port(int(config.coordinator.rpartition(":")[2]))
         jax.distributed.initialize(
             config.coordinator,
             config.count,

@@ -288,6 +288,19 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
         Processes(**arguments)
 
 
+def test_a_taken_port_is_an_error_before_jax_tries_it(calls):
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        place = {"coordinator": f"127.0.0.1:{port}", "count": 2}
+        with pytest.raises(ValueError, match=f"cannot listen at port {port} .*in use"):
+            processes.initialize(Processes(**place, index=0))
+        assert not calls
+        processes.initialize(Processes(**place, index=1))  # another machine's port is its own
+    assert [arguments[2] for arguments in calls] == [1]
+    processes.initialize(Processes(**place, index=0))
+    assert len(calls) == 2
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Arguments of jax.distributed.initialize, in an environment without launchers."""
