@@ -63,7 +63,7 @@ class Train:
     """Trains an experiment, going on from the newest good checkpoint.
 
     SIGTERM lets the update under way finish, saves a checkpoint and exits with 143; a second one
-    exits at once. In a single process the same holds for Ctrl-C, with 130.
+    exits at once. The same holds for Ctrl-C, with 130.
 
     Attributes:
       workdir: where configuration, checkpoints and logs go; every process must see it.

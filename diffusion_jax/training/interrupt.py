@@ -29,24 +29,34 @@ class Signals:
     """Remembers Ctrl-C and SIGTERM so that the update under way can finish.
 
     The second signal acts at once. Nothing is installed outside of the main thread, where
-    Python cannot, nor under jax.distributed, which takes SIGTERM for a notice to all processes.
+    Python cannot. jax.distributed takes SIGTERM for a notice to all processes, and Ctrl-C is
+    made one there.
     """
 
     def __init__(self):
         self._received: int | None = None
+        self._ctrl_c = False
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        is_main = threading.current_thread() is threading.main_thread()
-        if is_main and not jax.distributed.is_initialized():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._receive)
+        if threading.current_thread() is threading.main_thread():
+            if jax.distributed.is_initialized():
+                self._old[signal.SIGINT] = signal.signal(signal.SIGINT, self._notify)
+            else:
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    self._old[number] = signal.signal(number, self._receive)
         return self
 
     def _receive(self, number: int, frame: Any) -> None:
         del frame
         self._received = number
         self._restore()
+
+    def _notify(self, number: int, frame: Any) -> None:
+        del number, frame
+        self._ctrl_c = True
+        self._restore()
+        signal.raise_signal(signal.SIGTERM)
 
     def _restore(self) -> None:
         while self._old:
@@ -68,7 +78,8 @@ class Signals:
         Every process asks before the first update and after every one.
         """
         if processes.reached_preemption():
-            self._received = signal.SIGTERM
+            self._received = signal.SIGINT if self._ctrl_c else signal.SIGTERM
+            self._restore()
         return self._received is not None
 
     def raise_received(self, step: int, state: TrainState) -> None:

@@ -284,8 +284,8 @@ def fit(
     data, so that a run that was interrupted and resumed equals an uninterrupted one bit for
     bit on the same devices, and up to rounding on others. Ctrl-C and SIGTERM let the update
     under way finish, save a checkpoint and then raise TrainingInterrupted or SystemExit(143); a
-    second signal acts at once. With several processes a SIGTERM to any one of them stops all at
-    the same step. Writes under way are waited for however the call ends.
+    second signal acts at once. With several processes one to any of them stops all at the same
+    step, the others with SystemExit(143). Writes under way are waited for however the call ends.
 
     Args:
       state: state to start from; its arrays may be donated and must not be used afterwards.

@@ -350,6 +350,39 @@ def _terminated_early(lab: Lab) -> None:
 
 
 @fault(
+    "Ctrl-C in one of two processes",
+    tried="the second gets SIGINT during update 12",
+    sees="both finish the same update and save; that one exits with 130, the other with 143",
+    lost="nothing",
+)
+def _interrupted_two(lab: Lab) -> None:
+    workdir = _folder(lab, "interrupted-two")
+    ends = lab.wait_two(lab.start_two(workdir, fault={"ctrl_c": 12}))
+    assert [end.code for end in ends] == [143, 130], ends
+    saved = lab.steps(workdir)
+    assert saved[0] == 8 and 12 <= saved[1] < STEPS, saved
+    assert f"interrupted after step {saved[1]}; the same command goes on" in ends[1].text
+    lab.run(workdir)
+    lab.check_close(workdir)
+
+
+@fault(
+    "Ctrl-C in both of two processes",
+    tried="both get SIGINT during update 12, as in a terminal",
+    sees="both finish the same update, save and exit with 130",
+    lost="nothing",
+)
+def _interrupted_both(lab: Lab) -> None:
+    workdir = _folder(lab, "interrupted-both")
+    ends = lab.wait_two(lab.start_two(workdir, fault={"ctrl_c": 12}, of=(0, 1)))
+    assert [end.code for end in ends] == [130, 130], ends
+    saved = lab.steps(workdir)
+    assert saved[0] == 8 and 12 <= saved[1] < STEPS, saved
+    lab.run(workdir)
+    lab.check_close(workdir)
+
+
+@fault(
     "a process of two dies",
     tried="SIGKILL to the second of two processes during a run, heartbeat 10 s",
     sees="the other ends with an error of jax; whoever started both starts them again",

@@ -5,6 +5,7 @@ FAULT in the environment is JSON, the arguments of one fault by its name:
 kill_in_save: [step, seconds]   SIGKILL so long after the save of a step began
 kill_after: seconds             SIGKILL so long after the first update
 signals: [step, count]          SIGTERM to itself, count times, while a step's batch is fetched
+ctrl_c: step                    SIGINT to itself while a step's batch is fetched
 nan_at: [step, count]           the images of so many updates from a step on are NaN
 full_disk: step                 the folder ROOM fills up after the save of a step looked at its room
 no_space: step                  writing a step's checkpoint ends with ENOSPC
@@ -62,7 +63,7 @@ def kill_after(seconds: float) -> None:
     loop._Run.first_update = watched
 
 
-def signals(step: int, count: int) -> None:
+def signals(step: int, count: int, number: int = signal.SIGTERM) -> None:
     from diffusion_jax.data.batching import Batches
 
     fetch = Batches.__next__
@@ -70,10 +71,16 @@ def signals(step: int, count: int) -> None:
     def watched(self: Batches) -> Any:
         if self.get_state()["next_batch"] == step - 1:
             for _ in range(count):
-                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(number)
         return fetch(self)
 
     Batches.__next__ = watched
+
+
+def ctrl_c(step: int) -> None:
+    # A shell starts commands in the background with it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signals(step, 1, signal.SIGINT)
 
 
 def nan_at(step: int, count: int) -> None:

@@ -87,9 +87,13 @@ class Lab:
         return end
 
     def start_two(
-        self, workdir: Path, *options: Sequence[str], fault: Mapping[str, Any] | None = None
+        self,
+        workdir: Path,
+        *options: Sequence[str],
+        fault: Mapping[str, Any] | None = None,
+        of: Sequence[int] = (1,),
     ) -> list[subprocess.Popen]:
-        """Two processes of one job with two devices each; options and a fault of each."""
+        """Two processes of one job with two devices each; options of each and a fault of some."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -100,8 +104,7 @@ class Lab:
             self.start(
                 workdir,
                 *(*common, *heartbeat, "--processes.index", str(index), *each[index]),
-                # The fault happens to the second process.
-                fault=fault if index else None,
+                fault=fault if index in of else None,
                 devices=2,
             )
             for index in range(2)

@@ -15,6 +15,7 @@ from diffusion_jax.core.part_mean import Ratio
 from diffusion_jax.io import checkpoint
 from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.io.checkpoint_errors import CheckpointSaveError, CheckpointWarning
+from diffusion_jax.training import processes
 from diffusion_jax.training.ema import EMA
 from diffusion_jax.training.guard import Guard
 from diffusion_jax.training.interrupt import TrainingInterrupted
@@ -370,6 +371,20 @@ def test_no_handler_is_installed_under_jax_distributed(monkeypatch):
     before, during = signal.getsignal(signal.SIGTERM), []
     _fit(num_steps=1, data=toy.Data(lambda _: during.append(signal.getsignal(signal.SIGTERM))))
     assert during == [before]
+
+
+def test_ctrl_c_under_jax_distributed_is_a_notice_to_all_processes(monkeypatch, ctrl_c):
+    notices, before = [], signal.getsignal(signal.SIGINT)
+    old = signal.signal(signal.SIGTERM, lambda *_: notices.append(True))
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes, "reached_preemption", lambda: bool(notices))
+    try:
+        with pytest.raises(TrainingInterrupted) as stop:
+            _fit(data=toy.Data(_send(signal.SIGINT, position=2)))
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    assert stop.value.step == 3 and notices == [True]
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_data_that_ends_or_has_another_size_is_refused():
