@@ -49,7 +49,8 @@ def _conditioner(
       fill: the function.
       names: of the inputs in the batch.
       init: makes the parameters.
-      shared: those of the names that are the same in the unconditional branch.
+      shared: those of the names that are the same in the unconditional branch where the batch
+        has none of its own for it.
     """
 
     def apply(params, batch, keys):
@@ -57,7 +58,8 @@ def _conditioner(
         return fill(params, *_read(batch, names))
 
     def null(params, batch):
-        return fill(params, *_read(batch, [n if n in shared else f"null_{n}" for n in names]))
+        own = [n if n in shared and f"null_{n}" not in batch else f"null_{n}" for n in names]
+        return fill(params, *_read(batch, own))
 
     return Conditioner(init, apply, null)
 
@@ -271,7 +273,8 @@ def text_and_sizes(
     """Embeds `batch["text_embedding"]` [B, D] and the numbers `batch["sizes"]` [B, N].
 
     The numbers, original height and width, top and left of the crop, target height and width in
-    pixels, become sinusoidal features side by side behind the text's, D + N · channels in all.
+    pixels, or an aesthetic score in place of the last two, become sinusoidal features side by side
+    behind the text's, D + N · channels in all.
 
     Args:
       features: D + N · channels.

@@ -23,15 +23,21 @@ class DenoiseFromImage(Denoise2D):
 
     Attributes:
       from_noise: start from pure noise instead; of inpainting at strength 1.
+      noisy: the latents have that level's noise already; of a network that goes on where another
+        one stopped.
 
-    Source: Meng et al. 2022 (arXiv:2108.01073), algorithm 1.
+    Source: Meng et al. 2022 (arXiv:2108.01073), algorithm 1; noisy: Podell et al. 2023
+    (arXiv:2307.01952), section 2.5.
     """
 
     from_noise: bool = False
+    noisy: bool = False
 
     def begin(self, params: Mapping[str, Params], batch: Batch, keys: Key, control: Control) -> Any:
         if self.from_noise:
             return super().begin(params, batch, keys, control)
+        if self.noisy:
+            return batch["image_latents"]
         level = control.grid.level(control.grid.start)
         return add_noise(batch["image_latents"], self.unit_noise(batch, keys), level)
 

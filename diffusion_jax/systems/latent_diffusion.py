@@ -81,7 +81,7 @@ class EncodeTextsTwice(Compute):
     encoders: tuple[str, ...]
     skip: int = 1
 
-    reads: ClassVar[tuple[str, ...]] = ("ids", "null_ids")
+    reads: ClassVar[tuple[str, ...]] = ("ids", "ids_2", "null_ids", "null_ids_2")
 
     @property
     def components(self) -> tuple[str, ...]:

@@ -52,6 +52,9 @@ class Control:
       start_std: [] std of x at the grid's first level, where sampling starts from pure noise.
       guide: towards the condition.
       threshold: of x̂0, after guidance.
+      stop: the step before which to stop, where another network takes the rest; None for the
+        grid's last.
+      end_scale: [] factor of the last x, for classes that keep x / α and stop before the end.
     """
 
     sampler: Sampler
@@ -59,6 +62,13 @@ class Control:
     start_std: Array | float = 1.0
     guide: Guide = Unguided()
     threshold: Guide = Unguided()
+    stop: Array | int | None = None
+    end_scale: Array | float = 1.0
+
+    @property
+    def last(self) -> Array | int:
+        """The step before which to stop."""
+        return self.grid.stop if self.stop is None else self.stop
 
     @property
     def guided(self) -> bool:
@@ -214,10 +224,10 @@ def draw_all(
                 batch |= phase(own, batch, keys)
             continue
         control = controls[phase.name]
-        grid = control.grid
         state = start(phase, own, batch, keys, control)
-        state = steps(phase, own, batch, keys, control, state, grid.start, grid.stop)
-        batch[phase.gives] = phase.finish(batch, state.x)
+        bounds = control.grid.start, control.last
+        state = steps(phase, own, batch, keys, control, state, *bounds)
+        batch[phase.gives] = phase.finish(batch, control.end_scale * state.x)
     return batch
 
 
@@ -258,9 +268,9 @@ def run_steps(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run_finish(phase: Draw, batch: Batch, x: Array) -> Array:
-    """`Draw.finish`, compiled.
+def run_finish(phase: Draw, batch: Batch, x: Array, control: Control) -> Array:
+    """`Draw.finish` of x in the units that a call gives it in, compiled.
 
     Source: none; a convention of this library.
     """
-    return phase.finish(batch, jnp.asarray(x))
+    return phase.finish(batch, control.end_scale * jnp.asarray(x))

@@ -17,6 +17,7 @@ from diffusion_jax.pretrained.calls.image_to_image import IMAGE_TO_IMAGE, INPAIN
 from diffusion_jax.pretrained.calls.stable_diffusion import TEXT_TO_IMAGE
 
 _STABLE_DIFFUSION = (INPAINTING, IMAGE_TO_IMAGE, TEXT_TO_IMAGE)
+_SDXL = (sdxl.INPAINTING, sdxl.IMAGE_TO_IMAGE, sdxl.TEXT_TO_IMAGE)
 
 # Class of a pipeline -> what it can be called for; the first task whose needs are given is done.
 TASKS: Mapping[str, tuple[Task, ...]] = {
@@ -27,7 +28,9 @@ TASKS: Mapping[str, tuple[Task, ...]] = {
     "LDMTextToImagePipeline": (latent_diffusion.TEXT_TO_IMAGE,),
     "PNDMPipeline": (unconditional.PNDM,),
     "StableDiffusionUpscalePipeline": (upscaling.UPSCALE,),
-    "StableDiffusionXLPipeline": (sdxl.TEXT_TO_IMAGE,),
+    "StableDiffusionXLImg2ImgPipeline": _SDXL,
+    "StableDiffusionXLInpaintPipeline": _SDXL,
+    "StableDiffusionXLPipeline": _SDXL,
     "IFPipeline": (deepfloyd.BASE,),
     "IFSuperResolutionPipeline": (deepfloyd.SUPER_RESOLUTION,),
     "RePaintPipeline": (REPAINT,),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.core.arrays import as_arrays, image_keys
+from diffusion_jax.core.grid import Grid
 from diffusion_jax.core.parameterization import V
 from diffusion_jax.core.timesteps import Steps
 from diffusion_jax.core.types import Array, Batch, Key
@@ -22,6 +23,7 @@ from diffusion_jax.data.tokenizers import Tokenizer, check_prompts
 from diffusion_jax.guidance import ClassifierFree, Guide, Unguided
 from diffusion_jax.models.tiny_autoencoder import AutoencoderTinyConfig
 from diffusion_jax.pretrained.schedulers import CLASSES, Scheduler, from_config, to_config
+from diffusion_jax.pretrained.schedulers.table_steps import PNDMSteps
 from diffusion_jax.samplers import SAMPLERS, Sampler, fit_grid
 from diffusion_jax.systems.latent_diffusion import DecodeLatents, EncodeImage
 from diffusion_jax.systems.phases import (
@@ -360,6 +362,9 @@ def control_of(
     """
     num_steps = whole(words, "num_inference_steps")
     strength = number(words, "strength", 0.0, 1.0) if "strength" in words else 1.0
+    # A network that goes on where another one stopped starts there, whatever the strength.
+    goes_on = words.get("denoising_start") is not None
+    strength = 1.0 if goes_on else strength
     if words["sampler"] is not None:
         return _own_control(scheduler, words, num_steps, strength, guide)
     if words["spacing"] != STEPS["spacing"]:
@@ -369,17 +374,44 @@ def control_of(
     if len(times) > 1:
         raise ValueError("give timesteps or sigmas, not both")
     make = scheduler.grid
-    if "strength" in words:
+    if "strength" in words and not goes_on:
         make = functools.partial(scheduler.grid_for_image, strength=strength)
-    found = make(None if times else num_steps, **times, **grid)
+    found, part = _part_of(make(None if times else num_steps, **times, **grid), scheduler, words)
     scale = float(found.level(0).alpha) if scheduler.scaled else 1.0
-    return Control(
-        scheduler.sampler,
-        found,
-        scheduler.init_noise_sigma(found) * scale,
-        guide,
-        scheduler.threshold,
-    )
+    start_std = scheduler.init_noise_sigma(found) * scale
+    return Control(scheduler.sampler, found, start_std, guide, scheduler.threshold, **part)
+
+
+def _part_of(
+    grid: Grid, scheduler: Scheduler, words: Mapping[str, Any]
+) -> tuple[Grid, dict[str, Any]]:
+    """The grid from the share of the way denoising_start, and how it ends at denoising_end.
+
+    The steps stay those of the whole way: a solver is not told that they end early, and what it
+    leaves for another network is in the scheduler's units.
+    """
+    names = [n for n in ("denoising_start", "denoising_end") if words.get(n) is not None]
+    shares = {name: number(words, name, 0.0, 1.0) for name in names}
+    wrong = [name for name, share in shares.items() if not 0.0 < share < 1.0]
+    if wrong:
+        raise ValueError(f"{wrong[0]} must lie between 0 and 1, got {shares[wrong[0]]}")
+    if len(shares) == 2 and shares["denoising_start"] >= shares["denoising_end"]:
+        raise ValueError(f"denoising_start must be smaller than denoising_end, got {shares}")
+    if shares and isinstance(scheduler.steps, PNDMSteps) and words["sampler"] is None:
+        raise ValueError("PNDM has no halves that two networks could share; give a sampler")
+    total, times = scheduler.schedule.num_timesteps, np.asarray(grid.levels.t)
+    bounds = {"denoising_start": int(grid.start), "denoising_end": int(grid.stop)}
+    first, last = bounds.values()
+    for name, share in shares.items():
+        bounds[name] = first + int(np.sum(times[first:last] >= round(total - share * total)))
+    start, stop = bounds.values()
+    if start >= stop:
+        raise ValueError(f"{shares} leaves none of {last - first} steps; take more of them")
+    grid = grid._replace(start=jnp.asarray(start, jnp.int32))
+    if "denoising_end" not in shares:
+        return grid, {}
+    end_scale = scheduler.to_reference(jnp.ones(1), grid.level(stop))[0]
+    return grid, {"stop": jnp.asarray(stop, jnp.int32), "end_scale": end_scale}
 
 
 def _own_control(
@@ -402,8 +434,9 @@ def _own_control(
     if skipped == num_steps:
         raise ValueError(f"a strength of {strength} leaves none of {num_steps} steps")
     grid = fit_grid(sampler, grid, schedule).starting_at(skipped)
+    grid, part = _part_of(grid, scheduler, words)
     std = schedule.prior_std(grid.level(0))
-    return Control(sampler, grid, std, guide, scheduler.threshold)
+    return Control(sampler, grid, std, guide, scheduler.threshold, **part)
 
 
 def _with_memory(phases: Sequence[Phase], words: Mapping[str, Any]) -> tuple[Phase, ...]:
@@ -491,7 +524,7 @@ def run(pipeline: Any, task: Task, job: Job, words: Mapping[str, Any]) -> Drawn:
             control = as_arrays(job.controls[phase.name])
             control = control if mesh is None else replicate(mesh, control)
             x = _draw(pipeline, phase, params, batch, keys, control, words)
-            batch[phase.gives] = run_finish(phase, batch, x)
+            batch[phase.gives] = run_finish(phase, batch, x, control)
         del params
     if wanted not in batch:
         raise ValueError(f"{task.name} has no latents that could be given")
@@ -512,7 +545,7 @@ def _draw(
     words: Mapping[str, Any],
 ) -> Array:
     callback, progress = words["callback_on_step_end"], words["progress"]
-    first, last = int(control.grid.start), int(control.grid.stop)
+    first, last = int(control.grid.start), int(control.last)
     if progress is not None:
         progress(phase.name, None, last - first)
     state = run_start(phase, params, batch, keys, control)

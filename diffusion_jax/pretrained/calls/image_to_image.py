@@ -1,6 +1,7 @@
 """Calls of Stable Diffusion with an image: image-to-image and inpainting; and RePaint."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from diffusion_jax.pretrained.calls.base import (
     STEPS,
     Job,
     Task,
+    Texts,
     control_of,
     guidance_of,
     number,
@@ -46,6 +48,19 @@ from diffusion_jax.systems.inpainting import (
 from diffusion_jax.systems.latent_diffusion import DecodeLatents, Denoise2D, EncodeImage
 from diffusion_jax.systems.pixel import ToImages
 
+# (pipeline, words, texts, height and width in pixels, whether there is guidance) -> the phases that
+# encode what the network is told, and what they read.
+Conditioning = Callable[
+    [Any, Mapping[str, Any], Texts, tuple[int, int], bool], tuple[tuple[Any, ...], Batch]
+]
+
+
+def _by_texts(
+    pipeline: Any, words: Mapping[str, Any], texts: Texts, pixels: tuple[int, int], guided: bool
+) -> tuple[tuple[Any, ...], Batch]:
+    del pixels, guided
+    return encode_texts(pipeline, words, texts)
+
 
 def _latents_given(image: Any, channels: int) -> Array | None:
     """The image where it is latents already: floats whose last axis are the latents' channels."""
@@ -76,14 +91,26 @@ def _image_batch(
     return {"image": for_each_image(image, count, "image")}, found
 
 
-def _image_to_image(pipeline: Any, words: Mapping[str, Any]) -> Job:
+def _image_to_image(condition: Conditioning, pipeline: Any, words: Mapping[str, Any]) -> Job:
     unet, vae, scheduler = pipeline["unet"], pipeline["vae"], pipeline["scheduler"]
     guide = Unguided() if is_distilled(unet) else guidance_of(words, scheduler)
-    texts = texts_of(words, guided=not isinstance(guide, Unguided))
-    count = texts.num_images
-    encoding, batch = encode_texts(pipeline, words, texts)
+    guided = not isinstance(guide, Unguided)
+    texts = texts_of(words, guided=guided)
+    count, factor = texts.num_images, vae.config.factor
     image, size = _image_batch(words, vae, count, None)
+    pixels = (size[0] * factor, size[1] * factor)
+    encoding, batch = condition(pipeline, words, texts, pixels, guided)
     shape = (*size, vae.config.latent_channels)
+    control = control_of(scheduler, words, guide)
+    goes_on = words.get("denoising_start") is not None
+    if goes_on:
+        if "image_latents" not in image:
+            raise ValueError(
+                "with denoising_start the image must be latents: what a pipeline gives for "
+                'output_type="latent" and denoising_end of the same number'
+            )
+        level = control.grid.level(control.grid.start)
+        image = {"image_latents": scheduler.from_reference(image["image_latents"], level)}
     batch = {
         **batch,
         **image,
@@ -93,16 +120,17 @@ def _image_to_image(pipeline: Any, words: Mapping[str, Any]) -> Job:
     phases = (
         *encoding,
         EncodeImage(vae.config, vae.module),
-        denoise_phase(unet, scheduler, shape, kind=DenoiseFromImage),
+        denoise_phase(unet, scheduler, shape, kind=DenoiseFromImage, noisy=goes_on),
         DecodeLatents(vae.config, vae.module),
     )
-    return Job(phases, batch, {"denoise": control_of(scheduler, words, guide)}, count)
+    return Job(phases, batch, {"denoise": control}, count)
 
 
-def _inpainting(pipeline: Any, words: Mapping[str, Any]) -> Job:
+def _inpainting(condition: Conditioning, pipeline: Any, words: Mapping[str, Any]) -> Job:
     unet, vae, scheduler = pipeline["unet"], pipeline["vae"], pipeline["scheduler"]
     guide = Unguided() if is_distilled(unet) else guidance_of(words, scheduler)
-    texts = texts_of(words, guided=not isinstance(guide, Unguided))
+    guided = not isinstance(guide, Unguided)
+    texts = texts_of(words, guided=guided)
     count, channels = texts.num_images, vae.config.latent_channels
     size = size_of(words, unet, vae.config.factor)
     pixels = (size[0] * vae.config.factor, size[1] * vae.config.factor)
@@ -113,7 +141,7 @@ def _inpainting(pipeline: Any, words: Mapping[str, Any]) -> Job:
             f"inpainting needs a network of {channels} or {2 * channels + 1} input channels, this "
             f"one has {unet.config.in_channels}"
         )
-    encoding, batch = encode_texts(pipeline, words, texts)
+    encoding, batch = condition(pipeline, words, texts, pixels, guided)
     image, _ = _image_batch(words, vae, count, pixels)
     mask = for_each_image(
         masks_of(words["mask_image"], "mask_image", size=pixels), count, "mask_image"
@@ -180,6 +208,24 @@ def _repaint(pipeline: Any, words: Mapping[str, Any]) -> Job:
     return Job((draw, ToImages()), batch, {"denoise": control_of(scheduler, words)}, count)
 
 
+def image_to_image(words: Mapping[str, Any], condition: Conditioning = _by_texts) -> Task:
+    """The task of pipelines whose network is told what `condition` gives.
+
+    Args:
+      words: those of the call with their defaults; "strength" is one of them.
+      condition: see `Conditioning`.
+    """
+    prepare = functools.partial(_image_to_image, condition)
+    return Task("image_to_image", words, ("image",), prepare, ("prompt", "image"))
+
+
+def inpainting(words: Mapping[str, Any], condition: Conditioning = _by_texts) -> Task:
+    """The task of pipelines whose network is told what `condition` gives, see `image_to_image`."""
+    prepare = functools.partial(_inpainting, condition)
+    needs = ("image", "mask_image")
+    return Task("inpainting", words, needs, prepare, ("prompt", "image", "mask_image"))
+
+
 _WORDS: Mapping[str, Any] = {
     **PROMPTS,
     **STEPS,
@@ -188,20 +234,8 @@ _WORDS: Mapping[str, Any] = {
     "clip_skip": None,
     "image": None,
 }
-IMAGE_TO_IMAGE = Task(
-    "image_to_image",
-    {**_WORDS, "strength": 0.8},
-    ("image",),
-    _image_to_image,
-    ("prompt", "image"),
-)
-INPAINTING = Task(
-    "inpainting",
-    {**_WORDS, **SIZE, "strength": 1.0, "mask_image": None},
-    ("image", "mask_image"),
-    _inpainting,
-    ("prompt", "image", "mask_image"),
-)
+IMAGE_TO_IMAGE = image_to_image({**_WORDS, "strength": 0.8})
+INPAINTING = inpainting({**_WORDS, **SIZE, "strength": 1.0, "mask_image": None})
 REPAINT = Task(
     "inpainting",
     {

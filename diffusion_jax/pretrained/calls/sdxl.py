@@ -1,4 +1,4 @@
-"""Calls of Stable Diffusion XL: texts to images."""
+"""Calls of Stable Diffusion XL: texts to images, image-to-image with its refiner, inpainting."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,9 +18,11 @@ from diffusion_jax.pretrained.calls.base import (
     control_of,
     embeds_of,
     guidance_of,
+    number,
     texts_of,
     whole,
 )
+from diffusion_jax.pretrained.calls.image_to_image import image_to_image, inpainting
 from diffusion_jax.pretrained.calls.stable_diffusion import (
     SIZE,
     denoise_phase,
@@ -125,6 +127,13 @@ def _pair(words: Mapping[str, Any], name: str, default: tuple[int, int]) -> np.n
     return pair
 
 
+def _repeated(pairs: Mapping[str, Sequence[np.ndarray]], count: int) -> Batch:
+    return {
+        name: np.tile(np.concatenate(each).astype(np.float32), (count, 1))
+        for name, each in pairs.items()
+    }
+
+
 def _sizes(words: Mapping[str, Any], size: tuple[int, int], count: int, guided: bool) -> Batch:
     """What the network is told of sizes and crops, [B, 6] numbers of pixels."""
     defaults = zip(_SIZES, (size, (0, 0), size), strict=True)
@@ -137,10 +146,36 @@ def _sizes(words: Mapping[str, Any], size: tuple[int, int], count: int, guided: 
             )
         negatives = [_pair(words, name, (0, 0)) for name in _NEGATIVE_SIZES]
         found["null_sizes"] = negatives if any(given) else found["sizes"]
-    return {
-        name: np.tile(np.concatenate(pairs).astype(np.float32), (count, 1))
-        for name, pairs in found.items()
-    }
+    return _repeated(found, count)
+
+
+def _sizes_with_image(
+    pipeline: Any, words: Mapping[str, Any], size: tuple[int, int], count: int, guided: bool
+) -> Batch:
+    """The same with an image: every negative size has the positive one as its own default.
+
+    A refiner is told an aesthetic score in place of the target size, [B, 5], and as negative
+    crop (0, 0) by default. diffusers takes negative_crops_coords_top_left and does not use it with
+    networks that are told no score; here it counts wherever it is given.
+    """
+    scored = bool(pipeline.options.get("requires_aesthetics_score", False))
+    found: dict[str, list[np.ndarray]] = {}
+    original, crop, target = size, (0, 0), size
+    for null in ("", "negative_") if guided else ("",):
+        original = _pair(words, f"{null}original_size", original)
+        crop = _pair(words, f"{null}crops_coords_top_left", (0, 0) if scored else crop)
+        target = _pair(words, f"{null}target_size", target)
+        score = np.asarray([number(words, f"{null}aesthetic_score")])
+        found["null_sizes" if null else "sizes"] = [original, crop, score if scored else target]
+    return _repeated(found, count)
+
+
+def _condition(
+    pipeline: Any, words: Mapping[str, Any], texts: Texts, pixels: tuple[int, int], guided: bool
+) -> tuple[tuple[Any, ...], Batch]:
+    """What the network is told in calls with an image."""
+    encoding, batch = _encode(pipeline, words, texts)
+    return encoding, batch | _sizes_with_image(pipeline, words, pixels, texts.num_images, guided)
 
 
 def _text_to_image(pipeline: Any, words: Mapping[str, Any]) -> Job:
@@ -166,18 +201,25 @@ def _text_to_image(pipeline: Any, words: Mapping[str, Any]) -> Job:
     return Job(phases, batch, {"denoise": control_of(scheduler, words, guide)}, texts.num_images)
 
 
-TEXT_TO_IMAGE = Task(
-    "text_to_image",
-    {
-        **PROMPTS,
-        **STEPS,
-        **SIZE,
-        **dict.fromkeys(("prompt_2", "negative_prompt_2", *_POOLED, *_SIZES, *_NEGATIVE_SIZES)),
-        "guidance_scale": 5.0,
-        "guidance_rescale": 0.0,
-        "latents": None,
-        "clip_skip": None,
-    },
-    (),
-    _text_to_image,
+_WORDS: Mapping[str, Any] = {
+    **PROMPTS,
+    **STEPS,
+    **dict.fromkeys(("prompt_2", "negative_prompt_2", *_POOLED, *_SIZES, *_NEGATIVE_SIZES)),
+    "guidance_scale": 5.0,
+    "guidance_rescale": 0.0,
+    "latents": None,
+    "clip_skip": None,
+}
+_WITH_IMAGE: Mapping[str, Any] = {
+    **_WORDS,
+    "image": None,
+    "aesthetic_score": 6.0,
+    "negative_aesthetic_score": 2.5,
+}
+_PART: Mapping[str, Any] = {"denoising_end": None}
+
+TEXT_TO_IMAGE = Task("text_to_image", {**_WORDS, **SIZE, **_PART}, (), _text_to_image)
+IMAGE_TO_IMAGE = image_to_image(
+    {**_WITH_IMAGE, **_PART, "denoising_start": None, "strength": 0.3}, _condition
 )
+INPAINTING = inpainting({**_WITH_IMAGE, **SIZE, "strength": 0.9999, "mask_image": None}, _condition)
