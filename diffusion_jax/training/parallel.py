@@ -25,6 +25,9 @@ State = TypeVar("State")
 # Below 64 Ki elements the collectives cost more than the memory that sharding saves.
 MIN_SHARD_SIZE = 2**16
 
+# For a CPU, compiling what runs once takes far longer than running it, and less so unoptimized.
+_TO_RUN_ONCE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 _SMALLER_UPDATES = (
     "Lower the batch size, or raise accumulate, which leaves it as it is; recompute blocks (remat) "
     "or compute in bfloat16 in the network; split the state with fsdp"
@@ -224,7 +227,9 @@ def init_state(
     """
     shapes = jax.eval_shape(function, *args)
     shardings = state_shardings(mesh, shapes, min_shard_size=min_shard_size)
-    return jax.jit(function, out_shardings=shardings)(*replicate(mesh, args))
+    options = _TO_RUN_ONCE if jax.default_backend() == "cpu" else None
+    compiled = jax.jit(function, out_shardings=shardings, compiler_options=options)
+    return compiled(*replicate(mesh, args))
 
 
 def to_host(tree: Any) -> Any:
