@@ -390,21 +390,30 @@ def _part_of(
     The steps stay those of the whole way: a solver is not told that they end early, and what it
     leaves for another network is in the scheduler's units.
     """
-    names = [n for n in ("denoising_start", "denoising_end") if words.get(n) is not None]
-    shares = {name: number(words, name, 0.0, 1.0) for name in names}
+    given = [n for n in ("denoising_start", "denoising_end") if words.get(n) is not None]
+    if not given:
+        return grid, {}
+    shares = {name: number(words, name, 0.0, 1.0) for name in given}
     wrong = [name for name, share in shares.items() if not 0.0 < share < 1.0]
     if wrong:
         raise ValueError(f"{wrong[0]} must lie between 0 and 1, got {shares[wrong[0]]}")
     if len(shares) == 2 and shares["denoising_start"] >= shares["denoising_end"]:
         raise ValueError(f"denoising_start must be smaller than denoising_end, got {shares}")
-    if shares and isinstance(scheduler.steps, PNDMSteps) and words["sampler"] is None:
+    if isinstance(scheduler.steps, PNDMSteps) and words["sampler"] is None:
         raise ValueError("PNDM has no halves that two networks could share; give a sampler")
-    total, times = scheduler.schedule.num_timesteps, np.asarray(grid.levels.t)
-    bounds = {"denoising_start": int(grid.start), "denoising_end": int(grid.stop)}
-    first, last = bounds.values()
-    for name, share in shares.items():
-        bounds[name] = first + int(np.sum(times[first:last] >= round(total - share * total)))
-    start, stop = bounds.values()
+    total = scheduler.schedule.num_timesteps
+    if total is None:
+        raise ValueError(
+            f"{given[0]} is a share of numbered times, and {scheduler.class_name} has none here; "
+            "choose another scheduler"
+        )
+    first, last = int(grid.start), int(grid.stop)
+    times = np.asarray(grid.levels.t)[first:last]
+    begins = {
+        name: first + int(np.sum(times >= round(total - share * total)))
+        for name, share in shares.items()
+    }
+    start, stop = begins.get("denoising_start", first), begins.get("denoising_end", last)
     if start >= stop:
         raise ValueError(f"{shares} leaves none of {last - first} steps; take more of them")
     grid = grid._replace(start=jnp.asarray(start, jnp.int32))

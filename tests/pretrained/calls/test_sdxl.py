@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffusion_jax.pretrained import from_pretrained
+from diffusion_jax.pretrained import from_config, from_pretrained
 from diffusion_jax.samplers import DDIM
 from diffusion_jax.systems.phases import run_steps
 
@@ -70,6 +70,16 @@ def test_bad_words_are_refused_by_name(pipeline, words, message):
     sized = {} if "image" in words and "mask_image" not in words else SIZE
     with pytest.raises(ValueError, match=message):
         pipeline(**WORDS, **sized, **words)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [("PNDMScheduler", "PNDM has no halves"), ("EDMEulerScheduler", "share of numbered times")],
+)
+def test_schedulers_without_halves_are_refused(pipeline, scheduler, message):
+    other = pipeline.replace(scheduler=from_config({"_class_name": scheduler}))
+    with pytest.raises(ValueError, match=message):
+        other(**WORDS, **SIZE, denoising_end=0.5)
 
 
 def test_every_size_and_score_reaches_its_branch(pipeline):
