@@ -9,6 +9,7 @@ from diffusion_jax.conditioners.base import Conditioner
 from diffusion_jax.core.condition import Condition
 from diffusion_jax.core.types import Array, Batch
 from diffusion_jax.models.inputs import DType, at_least_one
+from diffusion_jax.models.layers import Dense
 from diffusion_jax.models.pre_norm import layer_norm
 
 
@@ -81,14 +82,14 @@ class CLIPProjection(nn.Module):
         )
         image = jnp.broadcast_to(null, text.shape) if image is None else image
         image, text, hidden = (a.astype(self.dtype) for a in (image, text, hidden))
-        vector = nn.Dense(config.vector_dim, name="image_to_vector", **types)(image)
-        vector = vector + nn.Dense(config.vector_dim, name="text_to_vector", **types)(text)
+        vector = Dense(config.vector_dim, name="image_to_vector", **types)(image)
+        vector = vector + Dense(config.vector_dim, name="text_to_vector", **types)(text)
 
         count = config.num_extra_tokens
-        extra = nn.Dense(count * config.token_dim, name="image_to_tokens", **types)(image)
+        extra = Dense(count * config.token_dim, name="image_to_tokens", **types)(image)
         # The numbers of one token lie `count` apart in released weights.
         extra = jnp.swapaxes(extra.reshape(-1, config.token_dim, count), 1, 2)
-        hidden = nn.Dense(config.token_dim, name="text_to_tokens", **types)(hidden)
+        hidden = Dense(config.token_dim, name="text_to_tokens", **types)(hidden)
         hidden = layer_norm(1e-5, "token_norm", **types)(hidden)
         return vector, jnp.concatenate([extra, hidden], axis=1)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from diffusion_jax.core.types import Array
 from diffusion_jax.models.blocks import GroupNorm, default_init, zeros_init
 from diffusion_jax.models.inputs import at_least_one
+from diffusion_jax.models.layers import Dense
 
 Implementation = Literal["plain", "tiled", "xla", "cudnn"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("plain", "tiled", "xla", "cudnn")
@@ -219,16 +220,14 @@ class Attention(nn.Module):
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
         def heads(name, tokens):
-            h = nn.Dense(inner, self.qkv_bias, kernel_init=default_init, name=name, **options)(
-                tokens
-            )
+            h = Dense(inner, self.qkv_bias, kernel_init=default_init, name=name, **options)(tokens)
             return h.reshape(h.shape[:2] + (self.num_heads, head_dim))
 
         q, k, v = heads("query", x), heads("key", context), heads("value", context)
         h = dot_product_attention(q, k, v, mask=mask, implementation=self.implementation)
         h = h.reshape((*x.shape[:2], inner))
         features = self.out_features or width
-        return nn.Dense(features, kernel_init=self.out_init, name="out", **options)(h)
+        return Dense(features, kernel_init=self.out_init, name="out", **options)(h)
 
 
 @dataclass(frozen=True)

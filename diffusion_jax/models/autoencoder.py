@@ -23,6 +23,7 @@ from diffusion_jax.models.blocks import (
     default_init,
 )
 from diffusion_jax.models.inputs import DType, at_least_one
+from diffusion_jax.models.layers import Conv
 
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
 
@@ -200,7 +201,7 @@ class Piece(nn.Module):
 
     def conv(self, name: str, channels: int) -> nn.Module:
         """A 3x3 convolution that keeps the resolution."""
-        return nn.Conv(
+        return Conv(
             channels, (3, 3), padding=1, kernel_init=default_init, name=name, **self.types()
         )
 
@@ -440,9 +441,9 @@ class AutoencoderKL(nn.Module):
         )
         self.decoder = PixelDecoder(config, norm_groups=config.decoder_groups, **types)
         if config.quant_conv:
-            self.quant_conv = nn.Conv(2 * config.latent_channels, **conv)
+            self.quant_conv = Conv(2 * config.latent_channels, **conv)
         if config.post_quant_conv:
-            self.post_quant_conv = nn.Conv(config.bottom_channels, **conv)
+            self.post_quant_conv = Conv(config.bottom_channels, **conv)
 
     def moments(self, image: Array) -> Array:
         """Mean and unclamped log variance, one after the other in the channels.

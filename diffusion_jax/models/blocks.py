@@ -13,6 +13,7 @@ import numpy as np
 from diffusion_jax.core.arrays import fold_in_each
 from diffusion_jax.core.resize import nearest_resize
 from diffusion_jax.core.types import Array, Key
+from diffusion_jax.models.layers import Conv, Dense, Module
 
 default_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 zeros_init = nn.initializers.zeros_init()
@@ -62,7 +63,7 @@ class Dropout(nn.Module):
         return jnp.where(kept, x / keep, jnp.zeros_like(x))
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(Module):
     """Group normalization over space and the channels of a group, computed in float32.
 
     y = (x - mean) / √(var + eps) · scale + bias.
@@ -177,7 +178,7 @@ class Downsample(nn.Module):
         H' is H / 2, of an odd H rounded up where the padding is symmetric, else down.
         """
         pad = (1, 1) if self.padding == "symmetric" else (0, 1)
-        return nn.Conv(
+        return Conv(
             x.shape[-1],
             (3, 3),
             strides=2,
@@ -215,7 +216,7 @@ class Upsample(nn.Module):
         """
         twice = (2 * x.shape[1], 2 * x.shape[2])
         x = nearest_resize(x, *(size or twice))
-        return nn.Conv(
+        return Conv(
             x.shape[-1],
             (3, 3),
             padding=1,
@@ -299,13 +300,13 @@ class ResBlock(nn.Module):
 
         h = act(norm_1(x, *told))
         x, h = change(x), change(h)
-        h = nn.Conv(kernel_size=(3, 3), kernel_init=default_init, name="conv_1", **conv)(h)
+        h = Conv(kernel_size=(3, 3), kernel_init=default_init, name="conv_1", **conv)(h)
 
         if emb is not None:
             width = self.channels * (2 if self.scale_shift else 1)
             emb = emb.astype(self.dtype)
             emb = act(emb) if self.time_act else emb
-            emb = nn.Dense(width, kernel_init=default_init, name="time", **types)(emb)
+            emb = Dense(width, kernel_init=default_init, name="time", **types)(emb)
             emb = emb[:, None, None, :]
         if emb is None:
             h = norm_2(h, *told)
@@ -316,10 +317,8 @@ class ResBlock(nn.Module):
             h = norm_2(h + emb, *told)
 
         h = Dropout(self.dropout, name="dropout")(act(h), keys)
-        h = nn.Conv(kernel_size=(3, 3), kernel_init=zeros_init, name="conv_2", **conv)(h)
+        h = Conv(kernel_size=(3, 3), kernel_init=zeros_init, name="conv_2", **conv)(h)
         if x.shape[-1] != self.channels or self.resample in ("fir_down", "fir_up"):
-            x = nn.Conv(self.channels, (1, 1), kernel_init=default_init, name="shortcut", **types)(
-                x
-            )
+            x = Conv(self.channels, (1, 1), kernel_init=default_init, name="shortcut", **types)(x)
         h = x.astype(self.dtype) + h
         return h if self.out_scale == 1.0 else h / self.out_scale

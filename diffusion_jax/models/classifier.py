@@ -11,6 +11,7 @@ from diffusion_jax.models.attention import AttentionPool
 from diffusion_jax.models.blocks import GroupNorm, default_init, zeros_init
 from diffusion_jax.models.encoder import Encoder
 from diffusion_jax.models.inputs import DType, at_least_one, check_batch, check_no_condition
+from diffusion_jax.models.layers import Dense
 from diffusion_jax.models.levels import EncoderConfig
 from diffusion_jax.models.mlp import Trunk, TrunkConfig
 
@@ -129,17 +130,15 @@ class NoisyClassifier(Encoder):
         if config.pool == "attention":
             num_heads = config.heads(h.shape[-1])
             return AttentionPool(num_heads, config.num_classes, name="pool", **self._float32())(h)
-        last = nn.Dense(
-            config.num_classes, kernel_init=zeros_init, name="logits", **self._float32()
-        )
+        last = Dense(config.num_classes, kernel_init=zeros_init, name="logits", **self._float32())
         return last(h.mean((1, 2)))
 
     def _spatial(self, h: Array) -> Array:
         """[B, F] -> [B, num_classes]."""
         config, options = self.config, {"kernel_init": default_init, **self._float32()}
-        h = nn.Dense(config.hidden_width, name="hidden", **options)(h)
+        h = Dense(config.hidden_width, name="hidden", **options)(h)
         h = nn.relu(h) if config.pool == "spatial" else nn.silu(self._norm("norm_hidden")(h))
-        return nn.Dense(config.num_classes, name="logits", **options)(h)
+        return Dense(config.num_classes, name="logits", **options)(h)
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ class MLPClassifier(Trunk):
         check_batch(x, t, keys)
         check_no_condition(cond)
         h = self.features(x, t, cond, keys=keys)
-        last = nn.Dense(
+        last = Dense(
             self.config.num_classes,
             dtype=jnp.float32,
             param_dtype=self.param_dtype,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from diffusion_jax.core.types import Array
 from diffusion_jax.models.blocks import default_init
 from diffusion_jax.models.inputs import DType
+from diffusion_jax.models.layers import Conv, Dense
 from diffusion_jax.models.pre_norm import (
     Encoded,
     PreNormBlock,
@@ -243,7 +244,7 @@ def _project(config, pooled: Array, types: dict) -> Array | None:
     if config.projection is None:
         return None
     init = nn.initializers.normal(config.width**-0.5)
-    dense = nn.Dense(config.projection, use_bias=False, kernel_init=init, name="project", **types)
+    dense = Dense(config.projection, use_bias=False, kernel_init=init, name="project", **types)
     return dense(pooled)
 
 
@@ -347,7 +348,7 @@ class CLIPVisionTower(nn.Module):
                 "resize them"
             )
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        patches = nn.Conv(
+        patches = Conv(
             config.width,
             (config.patch_size, config.patch_size),
             strides=config.patch_size,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from diffusion_jax.core.types import Array
 from diffusion_jax.models.attention import dot_product_attention
 from diffusion_jax.models.blocks import ACTIVATIONS, default_init
+from diffusion_jax.models.layers import Conv, Dense, LayerNorm
 from diffusion_jax.models.pre_norm import layer_norm
 
 
@@ -28,13 +29,13 @@ class _Embedding(nn.Module):
         """Arguments that every module takes."""
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
-    def dense(self, name: str, features: int | None = None, *, bias: bool = True) -> nn.Dense:
+    def dense(self, name: str, features: int | None = None, *, bias: bool = True) -> Dense:
         """A linear layer, to the width of the result unless another is given."""
-        return nn.Dense(
+        return Dense(
             features or self.features, bias, kernel_init=default_init, name=name, **self.types()
         )
 
-    def norm(self, name: str) -> nn.LayerNorm:
+    def norm(self, name: str) -> LayerNorm:
         """A layer norm, with statistics in float32."""
         return layer_norm(1e-5, name, **self.types())
 
@@ -213,7 +214,7 @@ class HintEncoder(nn.Module):
         """hint: [B, 8H, 8W, 3] -> [B, H, W, features]."""
         h = hint
         for i, width in enumerate((*self.widths, self.features)):
-            h = nn.Conv(
+            h = Conv(
                 width,
                 (3, 3),
                 strides=2 if i in (2, 4, 6) else 1,

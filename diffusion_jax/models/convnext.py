@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.core.types import Array
 from diffusion_jax.models.inputs import DType
+from diffusion_jax.models.layers import Conv, Dense
 from diffusion_jax.models.pre_norm import layer_norm
 
 weight_init = nn.initializers.truncated_normal(0.02)
@@ -78,12 +79,12 @@ class ConvNeXtBlock(nn.Module):
         channels = x.shape[-1]
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         weights = {"kernel_init": weight_init, **types}
-        h = nn.Conv(
+        h = Conv(
             channels, (7, 7), padding=3, feature_group_count=channels, name="depthwise", **weights
         )(x)
         h = layer_norm(1e-6, "norm", **types)(h)
-        h = nn.Dense(4 * channels, name="mlp_1", **weights)(h)
-        h = nn.Dense(channels, name="mlp_2", **weights)(nn.gelu(h, approximate=False))
+        h = Dense(4 * channels, name="mlp_1", **weights)(h)
+        h = Dense(channels, name="mlp_2", **weights)(nn.gelu(h, approximate=False))
         init = nn.initializers.constant(self.layer_scale)
         scale = self.param("layer_scale", init, (channels,), self.param_dtype)
         return x + scale.astype(self.dtype).reshape((1, 1, 1, channels)) * h
@@ -127,7 +128,7 @@ class ConvNeXt(nn.Module):
         h = x.astype(self.dtype)
         for i, (depth, width) in enumerate(zip(config.depths, config.widths, strict=True)):
             side = 2 if i else 4
-            conv = nn.Conv(
+            conv = Conv(
                 width,
                 (side, side),
                 strides=side,

@@ -14,6 +14,7 @@ from diffusion_jax.models.blocks import Dropout, zeros_init
 from diffusion_jax.models.embeddings import Fourier, Sinusoidal, TimeEmbedding
 from diffusion_jax.models.feed_forward import HIDDEN_UNITS
 from diffusion_jax.models.inputs import DType, at_least_one, check_inputs, with_image, with_vector
+from diffusion_jax.models.layers import Dense, LayerNorm
 
 xavier_init = nn.initializers.xavier_uniform()
 # That of a dense layer over the whole patch, whose kernel is kept as [P, P, C, D].
@@ -231,13 +232,13 @@ class DiTBlock(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         width, affine = x.shape[-1], self.mlp_norm_affine
         emb = nn.silu(emb.astype(self.dtype))
-        modulation = nn.Dense(6 * width, kernel_init=zeros_init, name="modulation", **types)(emb)
+        modulation = Dense(6 * width, kernel_init=zeros_init, name="modulation", **types)(emb)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(
             modulation[:, None, :], 6, axis=-1
         )
         # Two passes: E[x²] - E[x]² loses the small variance of a token with a large mean.
         exact = {"use_fast_variance": False, **types}
-        norm = nn.LayerNorm(1e-6, use_bias=False, use_scale=False, name="norm_1", **exact)
+        norm = LayerNorm(1e-6, use_bias=False, use_scale=False, name="norm_1", **exact)
         h = _modulate(norm(x), shift_1, scale_1)
         attention = Attention(
             self.num_heads, xavier_init, qkv_bias=self.qkv_bias, name="attn", **types
@@ -245,15 +246,15 @@ class DiTBlock(nn.Module):
         h = Dropout(self.attention_dropout, name="attn_dropout")(attention(h), keys)
         x = x + gate_1 * h
 
-        norm = nn.LayerNorm(
+        norm = LayerNorm(
             self.mlp_norm_eps, use_bias=affine, use_scale=affine, name="norm_2", **exact
         )
         h = _modulate(norm(x), shift_2, scale_2)
         units = HIDDEN_UNITS[self.activation]
         hidden = units.inputs * int(width * self.mlp_ratio)
-        h = units.apply(nn.Dense(hidden, kernel_init=xavier_init, name="mlp_1", **types)(h))
+        h = units.apply(Dense(hidden, kernel_init=xavier_init, name="mlp_1", **types)(h))
         h = Dropout(self.dropout, name="dropout")(h, keys)
-        return x + gate_2 * nn.Dense(width, kernel_init=xavier_init, name="mlp_2", **types)(h)
+        return x + gate_2 * Dense(width, kernel_init=xavier_init, name="mlp_2", **types)(h)
 
 
 class DiT(nn.Module):
@@ -313,9 +314,9 @@ class DiT(nn.Module):
             )(h, emb, keys)
 
         emb = nn.silu(embeddings[0].astype(self.dtype))
-        final = nn.Dense(2 * config.width, kernel_init=zeros_init, name="modulation_out", **types)
+        final = Dense(2 * config.width, kernel_init=zeros_init, name="modulation_out", **types)
         shift, scale = jnp.split(final(emb)[:, None, :], 2, axis=-1)
-        h = nn.LayerNorm(
+        h = LayerNorm(
             1e-6,
             use_bias=False,
             use_scale=False,
@@ -324,7 +325,7 @@ class DiT(nn.Module):
             **types,
         )(h)
         size = patch * patch * config.out_channels
-        h = nn.Dense(size, kernel_init=zeros_init, name="patch_out", **types)(
+        h = Dense(size, kernel_init=zeros_init, name="patch_out", **types)(
             _modulate(h, shift, scale)
         )
         return unpatchify(h, patch, height=x.shape[1], width=x.shape[2])

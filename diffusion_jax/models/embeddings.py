@@ -10,6 +10,7 @@ import numpy as np
 
 from diffusion_jax.core.types import Array
 from diffusion_jax.models.blocks import ACTIVATIONS
+from diffusion_jax.models.layers import Dense, Embed
 
 
 def sinusoidal_embedding(
@@ -202,8 +203,8 @@ class TimeEmbedding(nn.Module):
             h = h + extra.astype(jnp.float32)
         # Half precision here would blur neighbouring times for a cost that nobody can measure.
         options = {"dtype": jnp.float32, "param_dtype": self.param_dtype}
-        h = ACTIVATIONS[self.act](nn.Dense(self.embed_dim, name="dense_1", **options)(h))
-        h = nn.Dense(self.embed_dim, name="dense_2", **options)(h)
+        h = ACTIVATIONS[self.act](Dense(self.embed_dim, name="dense_1", **options)(h))
+        h = Dense(self.embed_dim, name="dense_2", **options)(h)
         return h if self.act_last is None else ACTIVATIONS[self.act_last](h)
 
     def _features(self, t: Array) -> Array:
@@ -211,7 +212,7 @@ class TimeEmbedding(nn.Module):
         if isinstance(features, Fourier):
             return FourierFeatures(features, param_dtype=self.param_dtype, name="fourier")(t)
         if isinstance(features, Learned):
-            table = nn.Embed(
+            table = Embed(
                 features.num_timesteps,
                 self.channels,
                 dtype=jnp.float32,

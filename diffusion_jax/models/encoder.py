@@ -19,6 +19,7 @@ from diffusion_jax.models.blocks import (
 )
 from diffusion_jax.models.embeddings import TimeEmbedding
 from diffusion_jax.models.inputs import with_image, with_vector
+from diffusion_jax.models.layers import Conv, Dense
 from diffusion_jax.models.levels import EncoderConfig, LevelConfig
 from diffusion_jax.models.text_attention import TextAttention, TextAttentionBlock
 from diffusion_jax.models.transformer import SpatialTransformer, SpatialTransformerBlock
@@ -178,7 +179,7 @@ class DownLevel(Part):
         elif self.resample == "pyramid":
             h = self.res_block("downsample", resample="fir_down")(h, emb, keys)
             image = fir_downsample(image)
-            seen = nn.Dense(self.level.channels, name="image", **self.types())
+            seen = Dense(self.level.channels, name="image", **self.types())
             h = h + seen(image)
         else:
             padding = self.config.downsample_padding
@@ -254,7 +255,7 @@ class Encoder(nn.Module):
         _check_size(x, config)
         emb = self.embed(t, cond)
         image = with_image(2.0 * x - 1.0 if config.center_input else x, cond)
-        conv_in = nn.Conv(
+        conv_in = Conv(
             config.levels[0].channels,
             (config.conv_in_kernel, config.conv_in_kernel),
             padding=(config.conv_in_kernel - 1) // 2,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.core.types import Array
 from diffusion_jax.models.blocks import ACTIVATIONS, default_init
+from diffusion_jax.models.layers import Dense
 from diffusion_jax.models.pre_norm import MLP_ACTIVATIONS
 
 
@@ -64,5 +65,5 @@ class GEGLU(nn.Module):
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
         }
-        h = nn.Dense(2 * self.factor * width, name="in", **options)(x)
-        return nn.Dense(width, name="out", **options)(HIDDEN_UNITS["geglu"].apply(h))
+        h = Dense(2 * self.factor * width, name="in", **options)(x)
+        return Dense(width, name="out", **options)(HIDDEN_UNITS["geglu"].apply(h))

@@ -17,6 +17,7 @@ from diffusion_jax.core.types import Array
 from diffusion_jax.models.attention import Attention, Implementation
 from diffusion_jax.models.blocks import zeros_init
 from diffusion_jax.models.feed_forward import GEGLU
+from diffusion_jax.models.layers import Dense
 from diffusion_jax.models.pre_norm import layer_norm
 
 
@@ -106,7 +107,7 @@ class GatedSelfAttention(_Gated):
         """
         _check(x, objects, gate)
         x = x.astype(self.dtype)
-        objects = nn.Dense(x.shape[-1], name="object_proj", **self.types())(objects)
+        objects = Dense(x.shape[-1], name="object_proj", **self.types())(objects)
         h = self.norm("norm_attn")(jnp.concatenate([x, objects], axis=1))
         # Queries from objects would be discarded afterwards, so they are never made.
         h = self.attention()(h[:, : x.shape[1]], h)
@@ -151,7 +152,7 @@ class ResizedGatedSelfAttention(_Gated):
         batch, num_visual, width = x.shape
         side, object_side = _side("visual", num_visual), _side("grounding", objects.shape[1])
         x = x.astype(self.dtype)
-        objects = nn.Dense(width, name="object_proj", **self.types())(objects)
+        objects = Dense(width, name="object_proj", **self.types())(objects)
         h = self.norm("norm_attn")(jnp.concatenate([x, objects], axis=1))
         h = self.attention()(h[:, num_visual:], h)
         h = bicubic_resize(h.reshape(batch, object_side, object_side, width), side, side)

@@ -11,6 +11,7 @@ from diffusion_jax.core.types import Array
 from diffusion_jax.models.blocks import default_init, zeros_init
 from diffusion_jax.models.convnext import ConvNeXt, ConvNeXtConfig
 from diffusion_jax.models.inputs import DType, at_least_one
+from diffusion_jax.models.layers import Conv, Dense
 
 RESIZE = {"bicubic": bicubic_resize, "nearest": nearest_resize}
 
@@ -258,9 +259,9 @@ class _MLP(nn.Module):
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
         }
-        h = nn.silu(nn.Dense(self.hidden, name="in", **options)(x))
-        h = nn.silu(nn.Dense(self.hidden, name="hidden", **options)(h))
-        return nn.Dense(self.out_dim, name="out", **options)(h)
+        h = nn.silu(Dense(self.hidden, name="in", **options)(x))
+        h = nn.silu(Dense(self.hidden, name="hidden", **options)(h))
+        return Dense(self.out_dim, name="out", **options)(h)
 
 
 class _Grounding(nn.Module):
@@ -475,7 +476,7 @@ class MapGrounding(_Grounding):
         _check_shapes(map=(map, (*map.shape[:3], channels)), mask=(mask, map.shape[:1]))
         h = nearest_resize(map, config.size, config.size).astype(self.dtype)
         if config.num_classes is not None:
-            h = nn.Conv(3, (3, 3), padding=1, kernel_init=default_init, name="conv_in", **types)(h)
+            h = Conv(3, (3, 3), padding=1, kernel_init=default_init, name="conv_in", **types)(h)
         h = ConvNeXt(config.encoder, name="encoder", **types)(h)
         h = h.reshape((h.shape[0], config.num_tokens, h.shape[-1]))
         mask = jnp.broadcast_to(jnp.asarray(mask)[:, None], h.shape[:2])
@@ -530,8 +531,8 @@ class MapDownsampler(nn.Module):
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
         }
-        h = nn.silu(nn.Conv(config.hidden, name="conv_1", **options)(h))
-        return nn.Conv(config.out_channels, name="conv_2", **options)(h)
+        h = nn.silu(Conv(config.hidden, name="conv_1", **options)(h))
+        return Conv(config.out_channels, name="conv_2", **options)(h)
 
 
 GROUNDINGS = {

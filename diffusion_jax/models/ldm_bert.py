@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from diffusion_jax.core.types import Array
 from diffusion_jax.models.blocks import default_init
 from diffusion_jax.models.inputs import DType
+from diffusion_jax.models.layers import Dense
 from diffusion_jax.models.pre_norm import (
     Encoded,
     PreNormBlock,
@@ -113,5 +114,5 @@ class LDMBert(nn.Module):
             hidden.append(block(hidden[-1], allowed))
         last = layer_norm(1e-5, "norm_out", **types)(hidden[-1])
         if config.logits and self.is_initializing():
-            nn.Dense(config.vocab_size, kernel_init=default_init, name="logits", **types)(last)
+            Dense(config.vocab_size, kernel_init=default_init, name="logits", **types)(last)
         return Encoded(last, tuple(hidden))

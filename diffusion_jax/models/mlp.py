@@ -11,6 +11,7 @@ from diffusion_jax.core.types import Array, Key
 from diffusion_jax.models.blocks import Dropout, default_init, zeros_init
 from diffusion_jax.models.embeddings import Fourier, Sinusoidal, TimeEmbedding
 from diffusion_jax.models.inputs import DType, check_inputs, with_image, with_vector
+from diffusion_jax.models.layers import Dense, LayerNorm
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,12 @@ class MLPBlock(nn.Module):
         """x: [B, W], emb: [B, E], keys: [B] or None -> [B, W]."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         width = x.shape[-1]
-        h = nn.silu(nn.LayerNorm(epsilon=1e-5, name="norm", **types)(x))
-        h = nn.Dense(width, kernel_init=default_init, name="dense_1", **types)(h)
+        h = nn.silu(LayerNorm(epsilon=1e-5, name="norm", **types)(x))
+        h = Dense(width, kernel_init=default_init, name="dense_1", **types)(h)
         emb = nn.silu(emb.astype(self.dtype))
-        h = h + nn.Dense(width, kernel_init=default_init, name="time", **types)(emb)
+        h = h + Dense(width, kernel_init=default_init, name="time", **types)(emb)
         h = Dropout(self.dropout, name="dropout")(nn.silu(h), keys)
-        return x + nn.Dense(width, kernel_init=zeros_init, name="dense_2", **types)(h)
+        return x + Dense(width, kernel_init=zeros_init, name="dense_2", **types)(h)
 
 
 class Trunk(nn.Module):
@@ -138,11 +139,11 @@ class Trunk(nn.Module):
         )(t)
         emb = with_vector(emb, cond)
         h = with_image(x, cond).reshape(x.shape[0], -1)
-        h = nn.Dense(config.width, kernel_init=default_init, name="dense_in", **types)(h)
+        h = Dense(config.width, kernel_init=default_init, name="dense_in", **types)(h)
         block = nn.remat(MLPBlock) if config.remat else MLPBlock
         for i in range(config.depth):
             h = block(config.dropout, name=f"block_{i}", **types)(h, emb, keys)
-        return nn.silu(nn.LayerNorm(epsilon=1e-5, name="norm_out", **types)(h))
+        return nn.silu(LayerNorm(epsilon=1e-5, name="norm_out", **types)(h))
 
 
 class MLP(Trunk):
@@ -182,5 +183,5 @@ class MLP(Trunk):
         h = self.features(x, t, cond, keys=keys)
         out_shape = x.shape[:-1] + (config.out_channels or x.shape[-1],)
         size = math.prod(out_shape[1:])
-        h = nn.Dense(size, kernel_init=zeros_init, name="dense_out", **self.types())(h)
+        h = Dense(size, kernel_init=zeros_init, name="dense_out", **self.types())(h)
         return h.reshape(out_shape)

@@ -12,6 +12,7 @@ from diffusion_jax.core.types import Array
 from diffusion_jax.models.attention import Attention
 from diffusion_jax.models.blocks import ACTIVATIONS, default_init
 from diffusion_jax.models.inputs import at_least_one
+from diffusion_jax.models.layers import Dense, LayerNorm
 
 
 def quick_gelu(x: Array) -> Array:
@@ -74,7 +75,7 @@ def check_architecture(config, *positive: str) -> None:
         )
 
 
-def layer_norm(eps: float, name: str, *, dtype: jnp.dtype, param_dtype: jnp.dtype) -> nn.LayerNorm:
+def layer_norm(eps: float, name: str, *, dtype: jnp.dtype, param_dtype: jnp.dtype) -> LayerNorm:
     """Layer norm with float32 statistics.
 
     Args:
@@ -85,7 +86,7 @@ def layer_norm(eps: float, name: str, *, dtype: jnp.dtype, param_dtype: jnp.dtyp
     """
     # Two passes: E[x²] - E[x]² loses the small variance of a token with a large mean.
     options = {"dtype": dtype, "param_dtype": param_dtype}
-    return nn.LayerNorm(epsilon=eps, use_fast_variance=False, name=name, **options)
+    return LayerNorm(epsilon=eps, use_fast_variance=False, name=name, **options)
 
 
 class TokenEmbed(nn.Module):
@@ -165,5 +166,5 @@ class PreNormBlock(nn.Module):
         )
         x = x + attention(layer_norm(self.norm_eps, "norm_1", **types)(x), mask=mask)
         h = layer_norm(self.norm_eps, "norm_2", **types)(x)
-        h = MLP_ACTIVATIONS[self.activation](nn.Dense(self.mlp_width, name="dense_1", **dense)(h))
-        return x + nn.Dense(x.shape[-1], name="dense_2", **dense)(h)
+        h = MLP_ACTIVATIONS[self.activation](Dense(self.mlp_width, name="dense_1", **dense)(h))
+        return x + Dense(x.shape[-1], name="dense_2", **dense)(h)

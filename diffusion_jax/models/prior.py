@@ -13,6 +13,7 @@ from diffusion_jax.models.blocks import ACTIVATIONS, Dropout, default_init, zero
 from diffusion_jax.models.embeddings import sinusoidal_embedding
 from diffusion_jax.models.feed_forward import HIDDEN_UNITS
 from diffusion_jax.models.inputs import DType, at_least_one, check_batch
+from diffusion_jax.models.layers import Dense
 from diffusion_jax.models.pre_norm import layer_norm
 
 READS = ("vector", "tokens", "token_mask")
@@ -188,9 +189,9 @@ class PriorBlock(nn.Module):
         x = x + Dropout(self.dropout, name="attn_dropout")(h, keys)
 
         h = layer_norm(1e-5, "norm_2", **types)(x)
-        h = nn.Dense(4 * width, kernel_init=default_init, name="mlp_1", **types)(h)
+        h = Dense(4 * width, kernel_init=default_init, name="mlp_1", **types)(h)
         h = Dropout(self.dropout, name="dropout")(HIDDEN_UNITS["gelu"].apply(h), keys)
-        return x + nn.Dense(width, kernel_init=default_init, name="mlp_2", **types)(h)
+        return x + Dense(width, kernel_init=default_init, name="mlp_2", **types)(h)
 
 
 class Prior(nn.Module):
@@ -248,9 +249,7 @@ class Prior(nn.Module):
 
         h = h[:, -1:] if config.query else h[:, context.shape[1] :]
         h = layer_norm(1e-5, "norm_out", **types)(h)
-        h = nn.Dense(
-            config.out_dim or config.data_dim, kernel_init=zeros_init, name="out", **types
-        )(h)
+        h = Dense(config.out_dim or config.data_dim, kernel_init=zeros_init, name="out", **types)(h)
         return h[:, 0] if config.query or x.ndim == 2 else h
 
     def _sequence(self, x: Array, t: Array, cond: Condition) -> tuple[Array, Array]:
@@ -259,7 +258,7 @@ class Prior(nn.Module):
 
         def project(name, tokens):
             tokens = tokens if tokens.ndim == 3 else tokens[:, None]
-            dense = nn.Dense(config.width, kernel_init=default_init, name=name, **types)
+            dense = Dense(config.width, kernel_init=default_init, name=name, **types)
             return dense(tokens.astype(self.dtype))
 
         vector = cond.vector
@@ -282,9 +281,9 @@ class Prior(nn.Module):
         config = self.config
         options = {"dtype": jnp.float32, "param_dtype": self.param_dtype}
         h = sinusoidal_embedding(t, config.width)
-        h = nn.Dense(config.time_hidden or config.width, name="time_1", **options)(h)
+        h = Dense(config.time_hidden or config.width, name="time_1", **options)(h)
         h = ACTIVATIONS[config.time_activation](h)
-        return nn.Dense(config.width, name="time_2", **options)(h)
+        return Dense(config.width, name="time_2", **options)(h)
 
     def _with_positions(self, h: Array, before: int, num_x: int) -> Array:
         """h [B, N, width] plus the learned positions, of everything or of x's tokens alone."""

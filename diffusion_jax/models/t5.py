@@ -11,6 +11,7 @@ import numpy as np
 
 from diffusion_jax.core.types import Array
 from diffusion_jax.models.inputs import DType
+from diffusion_jax.models.layers import Dense
 from diffusion_jax.models.pre_norm import (
     MLP_ACTIVATIONS,
     Encoded,
@@ -151,7 +152,7 @@ def _float32_dot(*args, **options):
 
 def projection(
     name: str, features: int, fan_in: int, dtype: jnp.dtype, param_dtype: jnp.dtype
-) -> nn.Dense:
+) -> Dense:
     """A projection without bias that multiplies in `dtype` and adds up in float32.
 
     Args:
@@ -161,7 +162,7 @@ def projection(
       dtype: dtype of both factors.
       param_dtype: dtype of the weights.
     """
-    return nn.Dense(
+    return Dense(
         features,
         use_bias=False,
         kernel_init=nn.initializers.normal(fan_in**-0.5),
@@ -247,7 +248,7 @@ class T5Attention(nn.Module):
 
         def heads(name: str, fan_in: int) -> Array:
             init = nn.initializers.normal(fan_in**-0.5)
-            h = nn.Dense(inner, use_bias=False, kernel_init=init, name=name, **types)(x)
+            h = Dense(inner, use_bias=False, kernel_init=init, name=name, **types)(x)
             return h.reshape((*x.shape[:2], num_heads, head_dim))
 
         # New queries are smaller by √head_dim, the scale that the logits do not have.

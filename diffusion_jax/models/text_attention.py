@@ -10,6 +10,7 @@ from diffusion_jax.core.types import Array
 from diffusion_jax.models.attention import Implementation, dot_product_attention
 from diffusion_jax.models.blocks import GroupNorm, default_init, zeros_init
 from diffusion_jax.models.inputs import at_least_one
+from diffusion_jax.models.layers import Dense
 from diffusion_jax.models.pre_norm import layer_norm
 
 TEXT_NORMS = (None, "layer", "group")
@@ -109,7 +110,7 @@ class JointAttention(nn.Module):
         width = x.shape[-1]
 
         def heads(name, tokens):
-            h = nn.Dense(width, kernel_init=default_init, name=name, **options)(tokens)
+            h = Dense(width, kernel_init=default_init, name=name, **options)(tokens)
             return h.reshape(h.shape[:2] + (self.num_heads, width // self.num_heads))
 
         q, k, v = heads("query", x), heads("text_key", text), heads("text_value", text)
@@ -120,7 +121,7 @@ class JointAttention(nn.Module):
             mask = jnp.pad(mask, ((0, 0), (0, k.shape[1] - mask.shape[1])), constant_values=True)
             mask = mask[:, None, None, :]
         h = dot_product_attention(q, k, v, mask=mask, implementation=self.implementation)
-        return nn.Dense(width, kernel_init=zeros_init, name="out", **options)(h.reshape(x.shape))
+        return Dense(width, kernel_init=zeros_init, name="out", **options)(h.reshape(x.shape))
 
 
 class TextAttentionBlock(nn.Module):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from diffusion_jax.core.types import Array
 from diffusion_jax.models.blocks import default_init
 from diffusion_jax.models.inputs import DType, at_least_one
+from diffusion_jax.models.layers import Dense
 from diffusion_jax.models.pre_norm import PreNormBlock, TokenEmbed, check_tokens, layer_norm
 
 
@@ -104,7 +105,7 @@ class TextTransformer(nn.Module):
             h = PreNormBlock(config.num_heads, 4 * config.width, name=f"block_{i}", **options)(h)
         if config.final_norm:
             h = layer_norm(1e-5, "norm_out", **options)(h)
-        vector = nn.Dense(config.vector_dim, kernel_init=default_init, name="vector", **options)
+        vector = Dense(config.vector_dim, kernel_init=default_init, name="vector", **options)
         return h, vector(h[:, -1])
 
     def _table(self, name: str, init: nn.initializers.Initializer, shape: tuple[int, int]) -> Array:

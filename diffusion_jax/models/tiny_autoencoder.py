@@ -11,6 +11,7 @@ from diffusion_jax.core.types import Array
 from diffusion_jax.models.autoencoder import check_image
 from diffusion_jax.models.blocks import ACTIVATIONS, default_init
 from diffusion_jax.models.inputs import DType, at_least_one
+from diffusion_jax.models.layers import Conv
 
 # Latents are kept softly inside of ±3 before they are decoded.
 LATENT_BOUND = 3.0
@@ -122,7 +123,7 @@ class TinyHalf(nn.Module):
     def conv(self, name: str, channels: int, **options) -> nn.Module:
         """A 3x3 convolution with a pixel of padding on every side."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return nn.Conv(
+        return Conv(
             channels, (3, 3), padding=1, kernel_init=default_init, name=name, **types, **options
         )
 
@@ -153,7 +154,7 @@ class TinyBlock(nn.Module):
         h = x
         for i in range(3):
             h = h if i == 0 else ACTIVATIONS[self.act](h)
-            h = nn.Conv(x.shape[-1], (3, 3), name=f"conv_{i}", **conv)(h)
+            h = Conv(x.shape[-1], (3, 3), name=f"conv_{i}", **conv)(h)
         return nn.relu(h + x)
 
 

@@ -12,6 +12,7 @@ from diffusion_jax.models.blocks import GroupNorm, default_init, zeros_init
 from diffusion_jax.models.feed_forward import GEGLU
 from diffusion_jax.models.gated_attention import FUSERS
 from diffusion_jax.models.inputs import at_least_one
+from diffusion_jax.models.layers import Dense
 from diffusion_jax.models.pre_norm import layer_norm
 
 
@@ -198,7 +199,7 @@ class SpatialTransformerBlock(nn.Module):
         h = GroupNorm(self.norm_groups, 1e-6, name="norm", **types)(x)
         h = h.reshape(batch, height * width, channels)
         inner = self.num_heads * head_dim
-        h = nn.Dense(inner, kernel_init=default_init, name="proj_in", **types)(h)
+        h = Dense(inner, kernel_init=default_init, name="proj_in", **types)(h)
         for i in range(self.depth):
             block = TransformerBlock(
                 self.num_heads,
@@ -210,5 +211,5 @@ class SpatialTransformerBlock(nn.Module):
                 **types,
             )
             h = block(h, tokens.astype(self.dtype), mask, grounding)
-        h = nn.Dense(channels, kernel_init=zeros_init, name="proj_out", **types)(h)
+        h = Dense(channels, kernel_init=zeros_init, name="proj_out", **types)(h)
         return x.astype(self.dtype) + h.reshape(x.shape)

@@ -19,6 +19,7 @@ from diffusion_jax.models.blocks import (
 )
 from diffusion_jax.models.encoder import Encoder, Part
 from diffusion_jax.models.inputs import READS, DType, at_least_one, check_inputs
+from diffusion_jax.models.layers import Conv
 from diffusion_jax.models.levels import (
     EncoderConfig,
     LevelConfig,
@@ -177,7 +178,7 @@ class UpLevel(Part):
     def _image(self, h: Array) -> Array:
         """What a pyramid adds to the output at this resolution, [B, H, W, C] -> [B, H, W, 3]."""
         h = nn.silu(GroupNorm(None, self.config.norm_eps, name="image_norm", **self.types())(h))
-        conv = nn.Conv(self.config.out_channels, (3, 3), padding=1, name="image", **self.types())
+        conv = Conv(self.config.out_channels, (3, 3), padding=1, name="image", **self.types())
         return conv(h)
 
 
@@ -227,7 +228,7 @@ class UNet(Encoder):
 
         h = GroupNorm(config.norm_groups, config.norm_eps, name="norm_out", **types)(h)
         h = ACTIVATIONS[config.outer_act or config.act](h)
-        out = nn.Conv(
+        out = Conv(
             config.out_channels,
             (config.conv_out_kernel, config.conv_out_kernel),
             padding=(config.conv_out_kernel - 1) // 2,

@@ -18,6 +18,7 @@ from diffusion_jax.models.autoencoder import (
 )
 from diffusion_jax.models.blocks import GroupNorm, default_init
 from diffusion_jax.models.inputs import DType, at_least_one
+from diffusion_jax.models.layers import Conv
 
 # MoVQ has no other number of groups, whatever the norms of its encoder have.
 SPATIAL_NORM_GROUPS = 32
@@ -52,7 +53,7 @@ class SpatialNorm(nn.Module):
         # A 1x1 convolution of repeated pixels is that of the pixels, repeated, at a fraction.
         scale, shift = (
             nearest_resize(
-                nn.Conv(x.shape[-1], (1, 1), kernel_init=default_init, name=name, **types)(latent),
+                Conv(x.shape[-1], (1, 1), kernel_init=default_init, name=name, **types)(latent),
                 *x.shape[1:3],
             )
             for name in ("scale", "shift")
@@ -184,8 +185,8 @@ class VQModel(nn.Module):
         )
         norm = SpatialNorm if config.norm == "spatial" else GroupNorm
         self.decoder = PixelDecoder(config, norm, config.decoder_groups, **types)
-        self.quant_conv = nn.Conv(config.latent_channels, **conv)
-        self.post_quant_conv = nn.Conv(config.bottom_channels, **conv)
+        self.quant_conv = Conv(config.latent_channels, **conv)
+        self.post_quant_conv = Conv(config.bottom_channels, **conv)
         self.codebook = self.param(
             "codebook", _codebook_init, (config.num_codes, config.latent_channels), self.param_dtype
         )

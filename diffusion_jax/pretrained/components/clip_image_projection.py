@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -12,6 +11,7 @@ from diffusion_jax.core.types import Params
 from diffusion_jax.io.mapping import Row
 from diffusion_jax.io.tables.options import complete, require_integers
 from diffusion_jax.models.inputs import DType
+from diffusion_jax.models.layers import Dense
 from diffusion_jax.pretrained.components.base import Component
 
 CLASS = "CLIPImageProjection"
@@ -28,7 +28,7 @@ class CLIPImageProjectionConfig:
 
     hidden_size: int = 768
 
-    def build(self, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32) -> nn.Dense:
+    def build(self, *, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32) -> Dense:
         """The module, from [B, hidden_size] to the same, without a bias.
 
         Args:
@@ -36,7 +36,7 @@ class CLIPImageProjectionConfig:
           param_dtype: of the parameters, a dtype or its name.
         """
         types = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(param_dtype)}
-        return nn.Dense(self.hidden_size, use_bias=False, **types)
+        return Dense(self.hidden_size, use_bias=False, **types)
 
 
 def _read(config: Mapping[str, Any]) -> CLIPImageProjectionConfig:
