@@ -133,6 +133,8 @@ def _text_image_boxes(pipeline: Any, words: Mapping[str, Any], count: int) -> Ba
         blank if each is None else clip_pixels(each, "gligen_images", size)
         for each in given["image"]
     ]
+    # The encoder compiles for 1, 2, 4, 8, 16 and 30 images; blank ones belong to free slots.
+    pixels += [blank] * (min(SLOTS, 1 << (count - 1).bit_length()) - count)
     norm = np.float32(number(words, "gligen_normalize_constant"))
     return {**batch, "box_pixels": np.stack(pixels), "box_norm": norm}
 

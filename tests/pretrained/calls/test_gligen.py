@@ -18,7 +18,7 @@ from diffusion_jax.pretrained.calls.base import control_of
 from diffusion_jax.pretrained.calls.images import centered, clip_pixels
 from diffusion_jax.samplers import advance
 from diffusion_jax.systems.gligen import KeepOutside
-from diffusion_jax.systems.phases import run_steps
+from diffusion_jax.systems.phases import run_compute, run_steps
 from tests.noise import drawn_by
 
 BASE = Path(__file__).parents[2] / "parity/cases/pipelines/ckpt/E_sd1"
@@ -156,6 +156,18 @@ def test_a_masked_picture_is_no_picture(with_images):
         found = images(with_images, gligen_images=pictures, **masked)
         np.testing.assert_allclose(found, alone, atol=1e-6)
         assert np.abs(alone - both).max() > 2e-5
+
+
+def test_three_and_four_pictures_share_a_compilation(with_images):
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (20, 16, 3), np.uint8)) for _ in range(4)]
+    places = {"gligen_phrases": None, "gligen_boxes": [*BOXES, *BOXES]}
+    four = images(with_images, gligen_images=pictures, **places)
+    before = run_compute._cache_size(), run_steps._cache_size()
+    places["gligen_boxes"] = places["gligen_boxes"][:3]
+    three = images(with_images, gligen_images=pictures[:3], **places)
+    assert (run_compute._cache_size(), run_steps._cache_size()) == before
+    assert np.abs(three - four).max() > 2e-5
 
 
 def test_the_gate_of_text_and_images_stays_open_unless_asked(with_images):
