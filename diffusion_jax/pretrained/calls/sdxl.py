@@ -36,6 +36,8 @@ from diffusion_jax.systems.latent_diffusion import DecodeLatents, EncodeTextsTwi
 
 _SIZES = ("original_size", "crops_coords_top_left", "target_size")
 _NEGATIVE_SIZES = tuple(f"negative_{name}" for name in _SIZES)
+# Of refiners, with diffusers' defaults.
+_SCORES: Mapping[str, float] = {"aesthetic_score": 6.0, "negative_aesthetic_score": 2.5}
 _POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
@@ -159,14 +161,23 @@ def _sizes_with_image(
     networks that are told no score; here it counts wherever it is given.
     """
     scored = bool(pipeline.options.get("requires_aesthetics_score", False))
+    unused = ("target_size", "negative_target_size") if scored else tuple(_SCORES)
+    given = [name for name in unused if words[name] is not None]
+    if given:
+        told = "aesthetic scores, not target sizes" if scored else "no aesthetic scores"
+        raise ValueError(f"the network of this pipeline is told {told}; leave {given[0]} out")
     found: dict[str, list[np.ndarray]] = {}
     original, crop, target = size, (0, 0), size
     for null in ("", "negative_") if guided else ("",):
         original = _pair(words, f"{null}original_size", original)
         crop = _pair(words, f"{null}crops_coords_top_left", (0, 0) if scored else crop)
         target = _pair(words, f"{null}target_size", target)
-        score = np.asarray([number(words, f"{null}aesthetic_score")])
-        found["null_sizes" if null else "sizes"] = [original, crop, score if scored else target]
+        last = target
+        if scored:
+            name = f"{null}aesthetic_score"
+            score = _SCORES[name] if words[name] is None else number(words, name)
+            last = np.asarray([score])
+        found["null_sizes" if null else "sizes"] = [original, crop, last]
     return _repeated(found, count)
 
 
@@ -213,8 +224,7 @@ _WORDS: Mapping[str, Any] = {
 _WITH_IMAGE: Mapping[str, Any] = {
     **_WORDS,
     "image": None,
-    "aesthetic_score": 6.0,
-    "negative_aesthetic_score": 2.5,
+    **dict.fromkeys(_SCORES),
 }
 _PART: Mapping[str, Any] = {"denoising_end": None}
 

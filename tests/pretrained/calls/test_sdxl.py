@@ -72,6 +72,17 @@ def test_bad_words_are_refused_by_name(pipeline, words, message):
         pipeline(**WORDS, **sized, **words)
 
 
+def test_what_the_network_is_not_told_is_refused(pipeline):
+    refiner = from_pretrained(CHECKPOINTS / "E12b_sdxl_refiner")
+    image = np.full((16, 16, 3), 0.5, np.float32)
+    with pytest.raises(ValueError, match="no aesthetic scores; leave aesthetic_score out"):
+        pipeline(**WORDS, image=image, aesthetic_score=6.0)
+    with pytest.raises(ValueError, match="not target sizes; leave target_size out"):
+        refiner(**WORDS, image=image, target_size=(16, 16))
+    with pytest.raises(ValueError, match="aesthetic_score"):
+        refiner(**WORDS, image=image, aesthetic_score=float("nan"))
+
+
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [("PNDMScheduler", "PNDM has no halves"), ("EDMEulerScheduler", "share of numbered times")],
