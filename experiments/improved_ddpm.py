@@ -10,8 +10,8 @@ L_hybrid. Exchange the loss and the times for the bound alone: `--system.loss vl
 FID 3.19 have not been repeated here.
 
 TINY learns real 8x8 digits on a chain of 100 steps; `make proof-ddpm` says what it must show. A
-fraction v that was learned for much finer steps is not the one of 8 steps: with 1000, ablation
-"hybrid_1000", the learned variance gains little there.
+fraction v that was learned for much finer steps is not the one of 8 steps: see the ablation
+"hybrid_1000".
 """
 
 import sys
