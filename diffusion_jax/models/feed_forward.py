@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from diffusion_jax.core.types import Array
+from diffusion_jax.models.attention import TILE_ABOVE_BYTES, TILE_BYTES
 from diffusion_jax.models.blocks import ACTIVATIONS, default_init
 from diffusion_jax.models.layers import Dense
 from diffusion_jax.models.pre_norm import MLP_ACTIVATIONS
@@ -59,6 +61,21 @@ class GEGLU(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x: [B, N, C] -> [B, N, C]."""
+        batch, length, width = x.shape
+        tiles = 1 if self.is_initializing() else self._tiles(x.shape)
+        if tiles == 1:
+            return self._whole(x)
+        parts = x.reshape(batch, tiles, length // tiles, width)
+        scan = nn.scan(
+            lambda module, _, part: (None, module._whole(part)),
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            in_axes=1,
+            out_axes=1,
+        )
+        return scan(self, None, parts)[1].reshape(x.shape)
+
+    def _whole(self, x: Array) -> Array:
         width = x.shape[-1]
         options = {
             "kernel_init": default_init,
@@ -67,3 +84,12 @@ class GEGLU(nn.Module):
         }
         h = Dense(2 * self.factor * width, name="in", **options)(x)
         return Dense(width, name="out", **options)(HIDDEN_UNITS["geglu"].apply(h))
+
+    def _tiles(self, shape: tuple[int, ...]) -> int:
+        """Parts of equal length that the tokens are cut into, as in `attention`; 1 for none."""
+        batch, length, width = shape
+        size = batch * length * 2 * self.factor * width * jnp.dtype(self.dtype).itemsize
+        if jax.default_backend() != "cpu" or size < TILE_ABOVE_BYTES:
+            return 1
+        wanted = -(-size // TILE_BYTES)
+        return next((n for n in range(wanted, 2 * wanted) if length % n == 0), 1)

@@ -1,5 +1,7 @@
 """Norm, dropout, resampling and residual block against numpy and their definitions."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from diffusion_jax.models.blocks import (
     ResBlock,
     Upsample,
     average_pool,
+    doubled_conv,
     nearest_upsample,
 )
 from tests.models.trees import random_params
@@ -129,6 +132,54 @@ def test_upsample_repeats_pixels_before_its_convolution():
     kernel[1, 1] = np.eye(2)
     params = {"conv": {"kernel": kernel, "bias": np.zeros(2, np.float32)}}
     np.testing.assert_array_equal(Upsample().apply({"params": params}, x), nearest_upsample(x))
+
+
+def convolved(x, kernel):
+    """In numpy, with padding 1."""
+    padded = np.pad(x.astype(np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    height, width = x.shape[1:3]
+    return sum(
+        padded[:, i : i + height, j : j + width] @ kernel[i, j] for i in range(3) for j in range(3)
+    )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("size", [None, (4, 6), (5, 7)])
+def test_upsample_convolves_the_repeated_pixels(size, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    x, kernel, bias = normal(0, 2, 2, 3, 4), normal(1, 3, 3, 4, 4), normal(2, 4)
+    params = {"conv": {"kernel": kernel, "bias": bias}}
+    rows, columns = (np.arange(n) * old // n for n, old in zip(size or (4, 6), (2, 3), strict=True))
+    expected = convolved(x[:, rows][:, :, columns], kernel) + bias
+    ours = jax.jit(Upsample().apply, static_argnums=2)({"params": params}, x, size)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_a_doubled_convolution_are_those_of_repeating_and_convolving():
+    def repeated(x, kernel):
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            nearest_upsample(x), kernel, (1, 1), "SAME", dimension_numbers=dimensions
+        )
+
+    def gradients(function):
+        loss = lambda x, kernel: (function(x, kernel) * normal(2, 2, 6, 4, 5)).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss, (0, 1)))(normal(0, 2, 3, 2, 4), normal(1, 3, 3, 4, 5))
+
+    doubled = functools.partial(doubled_conv, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    for ours, expected in zip(gradients(doubled), gradients(repeated), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_doubled_convolution_repeats_nothing_and_takes_four_ninths_of_the_products():
+    def flops(function):
+        args = jax.ShapeDtypeStruct((1, 32, 32, 16), jnp.float32), jnp.zeros((3, 3, 16, 16))
+        cost = jax.jit(function).lower(*args).compile().cost_analysis()
+        return (cost[0] if isinstance(cost, list) else cost)["flops"]
+
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    products = 2 * 64 * 64 * 9 * 16 * 16
+    assert flops(functools.partial(doubled_conv, **options)) < 0.5 * products
 
 
 @pytest.mark.parametrize(
