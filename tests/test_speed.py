@@ -39,12 +39,13 @@ def test_ratios_are_those_of_medians_to_the_first_and_the_fastest_of_diffusers()
 
 
 def test_throughput_and_memory():
-    sample = made_up(
-        "ours", "ours", 2.0, flop=4e12, peak_bytes=5 * 2**20, parameter_bytes=2 * 2**20
-    )
+    sizes = {"peak_bytes": 5, "trimmed_peak_bytes": 4, "parameter_bytes": 2}
+    mib = {name: size * 2**20 for name, size in sizes.items()}
+    sample = made_up("ours", "ours", 2.0, flop=4e12, **mib)
     (row,) = report.rows([sample], peak=8e12)
     assert (row["TFLOP/s"], row["of matmul"]) == ("2", "25%")
     assert (row["peak MiB"], row["without weights"]) == ("5", "3")
+    assert row["after malloc_trim"] == "4"
 
 
 def test_the_peak_is_the_fastest_product_of_any_process():

@@ -43,11 +43,12 @@ def _mib(value: float | None) -> str:
 
 
 def _memory(samples: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Peaks: of the process over what importing left, of it without weights, XLA's own, a GPU's."""
+    """Peaks: of the process over what importing left, without weights, trimmed, XLA's, a GPU's."""
     peak, weights = _median(samples, "peak_bytes"), _median(samples, "parameter_bytes")
     return {
         "peak MiB": _mib(peak),
         "without weights": "" if peak is None or weights is None else _mib(peak - weights),
+        "after malloc_trim": _mib(_median(samples, "trimmed_peak_bytes")),
         "XLA's temporaries": _mib(_median(samples, "xla_temp_bytes")),
         "peak of the device": _mib(_median(samples, "device_peak_bytes")),
     }
