@@ -7,6 +7,7 @@ The last line is `N passed, M failed`. --table prints the table of docs/faults.m
 
 import argparse
 import fnmatch
+import os
 import sys
 import tempfile
 import time
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults")
     parser.add_argument("--only", nargs="*", default=["*"], help="globs of names")
     parser.add_argument("--table", action="store_true", help="print the table of the docs")
-    parser.add_argument("--workers", type=int, default=2, help="faults tried at once")
+    cores = max(2, os.cpu_count() or 2)
+    parser.add_argument("--workers", type=int, default=cores, help="faults tried at once")
     options = parser.parse_args(arguments)
     if options.table:
         print(table())
