@@ -12,6 +12,7 @@ from jax.errors import JaxRuntimeError
 
 from diffusion_jax.commands.bench_plan import Benchmark, find_benchmark
 from diffusion_jax.configuration import TABLES
+from diffusion_jax.core.host_memory import trim_after_compiling
 from diffusion_jax.experiment import EXPERIMENTS, Experiment, find, find_stages, run_configs
 from diffusion_jax.io.checkpoint_errors import CheckpointError
 from diffusion_jax.systems.parts import SWITCHES
@@ -539,6 +540,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
+    trim_after_compiling()
     try:
         command = parse(arguments)
         return command.run()

@@ -5,6 +5,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from diffusion_jax.core.host_memory import trim_after_compiling
 from diffusion_jax.data.tokenizer_files import FILES as TOKENIZER_FILES
 from diffusion_jax.data.tokenizers import Tokenizer
 from diffusion_jax.data.tokenizers import from_folder as load_tokenizer
@@ -73,7 +74,8 @@ def from_pretrained(
 
     Nothing in a folder is run: pickles are refused, classes are looked up in `COMPONENTS`, and
     every tensor and every option of a configuration has to be known. Tensors are read one by one,
-    so memory holds the parameters and one tensor more.
+    so memory holds the parameters and one tensor more. From then on the process gives back what
+    compiling frees, see `core.host_memory.trim_after_compiling`.
 
     Args:
       folder: a path, or the id of a repository of the Hugging Face hub where there is no such
@@ -106,6 +108,7 @@ def from_pretrained(
       MappingError: if tensors are missing, left over or of another shape.
       ValueError: if an argument has no meaning for what the folder holds.
     """
+    trim_after_compiling()
     folder = str(folder)
     path = Path(folder).expanduser()
     repository = None
