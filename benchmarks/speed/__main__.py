@@ -28,9 +28,9 @@ products and convolutions; beside them is the fraction of the fastest square mat
 process of the run. Times end when the device is done.
 
 Memory is the peak of resident memory during the timed calls, minus what there was after importing;
-"without weights" it is that minus their bytes. glibc keeps what was freed, not least by compiling:
-"after malloc_trim" is the peak of one more call after `malloc_trim(0)` has given that back. On a
-GPU there is the peak of the device too.
+"without weights" it is that minus their bytes. glibc keeps much of what was freed: "after
+malloc_trim" is the peak of one more call after `malloc_trim(0)` has given that back. This library
+does so itself after a long compilation. On a GPU there is the peak of the device too.
 
 The allocator's variants start with these settings of glibc, which no package can set for itself:
 
