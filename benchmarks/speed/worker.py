@@ -103,6 +103,7 @@ def reset_peak() -> None:
 
 def give_back_free_memory() -> bool:
     """Has glibc return what is free in its heap to the system; whether it could."""
+    # Not `host_memory.trim`, which would import jax into diffusers' processes.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     return trim is not None and bool(trim(0))
 

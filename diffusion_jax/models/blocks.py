@@ -207,7 +207,6 @@ def doubled_conv(x: Array, kernel: Array, **options: Any) -> Array:
 
     Source: Shi et al. 2016 (arXiv:1609.07009), figure 4.
     """
-
     # Sums that waited for nothing would be made at the start of a network and kept until here.
     kernel = kernel + jnp.where(x[0, 0, 0, 0] > 0, 0.0, -0.0).astype(kernel.dtype)
 

@@ -44,7 +44,8 @@ HIDDEN_UNITS: Mapping[str, HiddenUnits] = {
 class GEGLU(nn.Module):
     """Feed-forward network whose hidden units are gated by a GELU of as many others.
 
-    out(h · gelu(g)),  [h, g] = in(x), with the exact GELU x · Φ(x).
+    out(h · gelu(g)),  [h, g] = in(x), with the exact GELU x · Φ(x). On a CPU tokens whose hidden
+    units would take more than 32 MiB go through in parts.
 
     Attributes:
       factor: hidden width as a multiple of the width of x.
