@@ -11,6 +11,8 @@ import flax.linen as nn
 import numpy as np
 from flax.errors import ScopeParamShapeError
 
+from diffusion_jax.models.convolution import conv_general_dilated
+
 
 class Module(nn.Module):
     """flax's, that does not trace the initializer of a parameter that is there.
@@ -39,6 +41,8 @@ class Dense(Module, nn.Dense):
 
 class Conv(Module, nn.Conv):
     """flax's."""
+
+    conv_general_dilated: Any = conv_general_dilated
 
 
 class Embed(Module, nn.Embed):
