@@ -13,6 +13,7 @@ import numpy as np
 from diffusion_jax.core.arrays import fold_in_each
 from diffusion_jax.core.resize import nearest_resize
 from diffusion_jax.core.types import Array, Key
+from diffusion_jax.models.convolution import zero_after
 from diffusion_jax.models.layers import Conv, Dense, Module
 
 default_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
@@ -207,8 +208,7 @@ def doubled_conv(x: Array, kernel: Array, **options: Any) -> Array:
 
     Source: Shi et al. 2016 (arXiv:1609.07009), figure 4.
     """
-    # Sums that waited for nothing would be made at the start of a network and kept until here.
-    kernel = kernel + jnp.where(x[0, 0, 0, 0] > 0, 0.0, -0.0).astype(kernel.dtype)
+    kernel = kernel + zero_after(x[0, 0, 0, 0]).astype(kernel.dtype)
 
     def summed(kernel, parity, axis):
         first, middle, last = jnp.split(kernel, 3, axis)
