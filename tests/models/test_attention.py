@@ -60,6 +60,16 @@ def test_every_implementation_is_the_formula(implementation, mask):
     np.testing.assert_allclose(ours, formula(q, k, v, mask), atol=2e-6)
 
 
+@pytest.mark.parametrize("implementation", ["plain", "tiled"])
+def test_large_logits_do_not_overflow(implementation):
+    q, k, v = qkv()
+    logits = np.einsum("bnhd,bmhd->bhnm", 60 * q, k) / np.sqrt(D)
+    # exp is finite to 88 in float32, to 709 in the formula's float64.
+    assert 88 < logits.max() < 709
+    ours = dot_product_attention(60 * q, k, v, implementation=implementation)
+    np.testing.assert_allclose(ours, formula(60 * q, k, v), atol=1e-4)
+
+
 # Of three queries to five keys: two and one, one after the other, and one even if it is too much.
 TILES = (2 * 4 * M, 4 * M, 1)
 
