@@ -40,7 +40,7 @@ class Dense(Module, nn.Dense):
 
 
 class Conv(Module, nn.Conv):
-    """flax's."""
+    """flax's, with large convolutions in forms that take a CPU less time."""
 
     conv_general_dilated: Any = conv_general_dilated
 
