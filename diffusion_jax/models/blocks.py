@@ -96,13 +96,17 @@ class GroupNorm(Module):
             )
         scale = self.param("scale", nn.initializers.ones_init(), (channels,), self.param_dtype)
         bias = self.param("bias", zeros_init, (channels,), self.param_dtype)
-        per_channel = (1,) * (x.ndim - 1) + (channels,)
-        h = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, channels // groups)
+        x = x.astype(jnp.float32)
+        h = x.reshape(x.shape[0], -1, groups, channels // groups)
         # Two passes: E[x²] - E[x]² loses the small variance of a channel with a large mean.
-        h = h - h.mean((1, 3), keepdims=True)
-        h = h * jax.lax.rsqrt(jnp.square(h).mean((1, 3), keepdims=True) + self.eps)
-        h = h.reshape(x.shape) * scale.reshape(per_channel) + bias.reshape(per_channel)
-        return h.astype(self.dtype)
+        mean = h.mean((1, 3))
+        gain = jax.lax.rsqrt(jnp.square(h - mean[:, None, :, None]).mean((1, 3)) + self.eps)
+        # x - mean is computed again, per channel: XLA would store a difference that is used twice.
+        mean, gain = (jnp.repeat(a, channels // groups, axis=1) for a in (mean, gain))
+        mean, gain, scale, bias = (
+            a.reshape(-1, *(1,) * (x.ndim - 2), channels) for a in (mean, gain, scale, bias)
+        )
+        return ((x - mean) * (gain * scale) + bias).astype(self.dtype)
 
 
 def average_pool(x: Array) -> Array:
