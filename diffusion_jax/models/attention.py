@@ -17,10 +17,8 @@ from diffusion_jax.models.layers import Dense
 Implementation = Literal["plain", "tiled", "xla", "cudnn"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("plain", "tiled", "xla", "cudnn")
 
-# Above this size of all logits, writing them to memory costs a CPU more than a loop does.
-TILE_ABOVE_BYTES = 32 * 2**20
-# Logits of a tile at most. Allocators return larger blocks to the system and get their pages anew
-# in every call, which takes a CPU longer than the products.
+# Logits at a time at most. Allocators return larger blocks to the system and get their pages anew
+# in every call, which takes a CPU longer than the products or a loop.
 TILE_BYTES = 16 * 2**20
 
 
@@ -29,7 +27,7 @@ def _choose(q: Array, k: Array, mask: Array | None) -> Implementation:
     if backend == "cpu":
         batch, queries, heads, _ = q.shape
         logit_bytes = 4 * batch * heads * queries * k.shape[1]
-        return "tiled" if logit_bytes > TILE_ABOVE_BYTES else "plain"
+        return "tiled" if logit_bytes > TILE_BYTES else "plain"
     if backend == "gpu" and mask is None and _fits_cudnn(q, k):
         return "cudnn"
     return "xla"

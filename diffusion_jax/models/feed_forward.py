@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax.core.types import Array
-from diffusion_jax.models.attention import TILE_ABOVE_BYTES, TILE_BYTES
+from diffusion_jax.models.attention import TILE_BYTES
 from diffusion_jax.models.blocks import ACTIVATIONS, default_init
 from diffusion_jax.models.layers import Dense
 from diffusion_jax.models.pre_norm import MLP_ACTIVATIONS
@@ -45,7 +45,7 @@ class GEGLU(nn.Module):
     """Feed-forward network whose hidden units are gated by a GELU of as many others.
 
     out(h · gelu(g)),  [h, g] = in(x), with the exact GELU x · Φ(x). On a CPU tokens whose hidden
-    units would take more than 32 MiB go through in parts.
+    units would take more than 16 MiB go through in parts.
 
     Attributes:
       factor: hidden width as a multiple of the width of x.
@@ -88,9 +88,9 @@ class GEGLU(nn.Module):
 
     def _tiles(self, shape: tuple[int, ...]) -> int:
         """Parts of equal length that the tokens are cut into, as in `attention`; 1 for none."""
+        if jax.default_backend() != "cpu":
+            return 1
         batch, length, width = shape
         size = batch * length * 2 * self.factor * width * jnp.dtype(self.dtype).itemsize
-        if jax.default_backend() != "cpu" or size < TILE_ABOVE_BYTES:
-            return 1
         wanted = -(-size // TILE_BYTES)
         return next((n for n in range(wanted, 2 * wanted) if length % n == 0), 1)

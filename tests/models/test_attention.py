@@ -139,7 +139,7 @@ def test_a_cpu_tiles_what_is_big(monkeypatch):
         pytest.fail("the suite runs on the CPU")
     q, k, v = qkv()
     assert attention_module._choose(q, k, None) == "plain"
-    monkeypatch.setattr(attention_module, "TILE_ABOVE_BYTES", 4 * B * H * N * M - 1)
+    monkeypatch.setattr(attention_module, "TILE_BYTES", 4 * B * H * N * M - 1)
     assert attention_module._choose(q, k, None) == "tiled"
 
 

@@ -52,11 +52,6 @@ def geglu(x, params):
     return (h * gelu(gate)) @ params["out"]["kernel"] + params["out"]["bias"]
 
 
-def with_tiles(monkeypatch, tile_bytes):
-    monkeypatch.setattr(feed_forward, "TILE_ABOVE_BYTES", 1)
-    monkeypatch.setattr(feed_forward, "TILE_BYTES", tile_bytes)
-
-
 # One, two, six (five do not divide twelve) and twelve parts; one for a length that is prime.
 @pytest.mark.parametrize("length, parts", [(12, 1), (12, 2), (12, 5), (12, 12), (11, 2)])
 def test_tokens_in_parts_are_the_formula_and_so_are_the_gradients(length, parts, monkeypatch):
@@ -71,7 +66,7 @@ def test_tokens_in_parts_are_the_formula_and_so_are_the_gradients(length, parts,
         return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
 
     whole, _ = computed()
-    with_tiles(monkeypatch, HIDDEN_BYTES // parts)
+    monkeypatch.setattr(feed_forward, "TILE_BYTES", HIDDEN_BYTES // parts)
     gradients, out = computed()
     np.testing.assert_allclose(out, geglu(x.astype(np.float64), params), rtol=1e-4, atol=1e-5)
     jax.tree.map(
@@ -90,6 +85,6 @@ def test_parts_of_the_tokens_need_less_memory_and_have_the_same_parameters(monke
 
     hidden = 4 * 1024 * 2 * 4 * 8
     assert memory() >= hidden
-    with_tiles(monkeypatch, hidden // 16)
+    monkeypatch.setattr(feed_forward, "TILE_BYTES", hidden // 16)
     assert memory() < hidden / 4
     assert init() == params
