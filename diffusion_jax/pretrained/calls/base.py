@@ -377,7 +377,7 @@ def control_of(
     if "strength" in words and not goes_on:
         make = functools.partial(scheduler.grid_for_image, strength=strength)
     found, part = _part_of(make(None if times else num_steps, **times, **grid), scheduler, words)
-    scale = float(found.level(0).alpha) if scheduler.scaled else 1.0
+    scale = float(found.level(found.start).alpha) if scheduler.scaled else 1.0
     start_std = scheduler.init_noise_sigma(found) * scale
     return Control(scheduler.sampler, found, start_std, guide, scheduler.threshold, **part)
 
@@ -444,7 +444,7 @@ def _own_control(
         raise ValueError(f"a strength of {strength} leaves none of {num_steps} steps")
     grid = fit_grid(sampler, grid, schedule).starting_at(skipped)
     grid, part = _part_of(grid, scheduler, words)
-    std = schedule.prior_std(grid.level(0))
+    std = schedule.prior_std(grid.level(grid.start))
     return Control(sampler, grid, std, guide, scheduler.threshold, **part)
 
 
