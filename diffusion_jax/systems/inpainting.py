@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from diffusion_jax.core import struct
 from diffusion_jax.core.forward import add_noise
-from diffusion_jax.core.grid import Grid
 from diffusion_jax.core.types import Array, Batch, Key, NoiseLevel, Params
 from diffusion_jax.samplers import RePaint, Sampler
 from diffusion_jax.samplers.base import Denoise, StepInfo
@@ -23,8 +22,8 @@ class DenoiseFromImage(Denoise2D):
 
     Attributes:
       from_noise: start from pure noise instead; of inpainting at strength 1.
-      noisy: the latents have that level's noise already; of a network that goes on where another
-        one stopped.
+      noisy: start from "start_latents" [B, h, w, c] as they are; of a network that goes on where
+        another one stopped.
 
     Source: Meng et al. 2022 (arXiv:2108.01073), algorithm 1; noisy: Podell et al. 2023
     (arXiv:2307.01952), section 2.5.
@@ -37,7 +36,7 @@ class DenoiseFromImage(Denoise2D):
         if self.from_noise:
             return super().begin(params, batch, keys, control)
         if self.noisy:
-            return batch["image_latents"]
+            return batch["start_latents"]
         level = control.grid.level(control.grid.start)
         return add_noise(batch["image_latents"], self.unit_noise(batch, keys), level)
 
@@ -50,27 +49,29 @@ class KeepKnown:
     known part is clean.
 
     Attributes:
-      sampler: takes the steps.
+      control: the sampler that takes the steps, its grid, and how it ends.
       known: [B, ...] clean latents.
       noise: [B, ...] with which they are noised.
       mask: [B, ...] with one channel; 1 where the latents are drawn, 0 where they are known.
-      grid: that the sampler runs on.
 
     Source: none; Stable Diffusion's inpainting in diffusers, without a network made for it.
     """
 
-    sampler: Sampler
+    control: Control
     known: Array
     noise: Array
     mask: Array
-    grid: Grid
 
     def init(self, x_T: Array) -> Any:
         """The sampler's state."""
-        return self.sampler.init(x_T)
+        return self.control.sampler.init(x_T)
 
     def _merged(self, x: Array, level: NoiseLevel | None) -> Array:
-        known = self.known if level is None else add_noise(self.known, self.noise, level)
+        if level is None:
+            # Not scaled as the rest of the last x is.
+            known = self.known / self.control.end_scale
+        else:
+            known = add_noise(self.known, self.noise, level)
         return (1.0 - self.mask) * known + self.mask * x
 
     def step(
@@ -89,10 +90,10 @@ class KeepKnown:
             calls.append(None)
             return denoise(x if len(calls) == 1 else self._merged(x, level), level)
 
-        state = self.sampler.step(keys, merging, state, level, next_level, info)
-        following = self.grid.level(info.index + 1)
+        state = self.control.sampler.step(keys, merging, state, level, next_level, info)
+        following = self.control.grid.level(info.index + 1)
         x = jax.lax.cond(
-            info.index + 1 < info.stop,
+            info.index + 1 < self.control.last,
             lambda x: self._merged(x, following),
             lambda x: self._merged(x, None),
             state.x,
@@ -108,7 +109,7 @@ class DenoiseKeeping(DenoiseFromImage):
         """The call's sampler with `KeepKnown` around it."""
         noise = self.unit_noise(batch, keys)
         known, mask = batch["image_latents"], batch["mask"]
-        return KeepKnown(control.sampler, known, noise, mask, control.grid)
+        return KeepKnown(control, known, noise, mask)
 
 
 @dataclass(frozen=True)

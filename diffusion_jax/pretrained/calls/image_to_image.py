@@ -38,7 +38,7 @@ from diffusion_jax.pretrained.calls.stable_diffusion import (
     noise_of,
     size_of,
 )
-from diffusion_jax.pretrained.schedulers import from_config, to_config
+from diffusion_jax.pretrained.schedulers import Scheduler, from_config, to_config
 from diffusion_jax.systems.inpainting import (
     DenoiseFromImage,
     DenoiseKeeping,
@@ -46,6 +46,7 @@ from diffusion_jax.systems.inpainting import (
     RePaintPixels,
 )
 from diffusion_jax.systems.latent_diffusion import DecodeLatents, Denoise2D, EncodeImage
+from diffusion_jax.systems.phases import Control
 from diffusion_jax.systems.pixel import ToImages
 
 # (pipeline, words, texts, height and width in pixels, whether there is guidance) -> the phases that
@@ -91,6 +92,25 @@ def _image_batch(
     return {"image": for_each_image(image, count, "image")}, found
 
 
+def _start_of(
+    words: Mapping[str, Any], image: Batch, scheduler: Scheduler, control: Control
+) -> Batch:
+    """The latents with which a network goes on where another one stopped; {} where it starts anew.
+
+    Raises:
+      ValueError: if the image is no latents.
+    """
+    if words.get("denoising_start") is None:
+        return {}
+    if "image_latents" not in image:
+        raise ValueError(
+            "with denoising_start the image must be latents: what a pipeline gives for "
+            'output_type="latent" and denoising_end of the same number'
+        )
+    level = control.grid.level(control.grid.start)
+    return {"start_latents": scheduler.from_reference(image["image_latents"], level)}
+
+
 def _image_to_image(condition: Conditioning, pipeline: Any, words: Mapping[str, Any]) -> Job:
     unet, vae, scheduler = pipeline["unet"], pipeline["vae"], pipeline["scheduler"]
     guide = Unguided() if is_distilled(unet) else guidance_of(words, scheduler)
@@ -102,25 +122,18 @@ def _image_to_image(condition: Conditioning, pipeline: Any, words: Mapping[str, 
     encoding, batch = condition(pipeline, words, texts, pixels, guided)
     shape = (*size, vae.config.latent_channels)
     control = control_of(scheduler, words, guide)
-    goes_on = words.get("denoising_start") is not None
-    if goes_on:
-        if "image_latents" not in image:
-            raise ValueError(
-                "with denoising_start the image must be latents: what a pipeline gives for "
-                'output_type="latent" and denoising_end of the same number'
-            )
-        level = control.grid.level(control.grid.start)
-        image = {"image_latents": scheduler.from_reference(image["image_latents"], level)}
+    start = _start_of(words, image, scheduler, control)
     batch = {
         **batch,
         **image,
+        **start,
         **noise_of(words, count, shape),
         **guidance_condition(words, unet, count),
     }
     phases = (
         *encoding,
         EncodeImage(vae.config, vae.module),
-        denoise_phase(unet, scheduler, shape, kind=DenoiseFromImage, noisy=goes_on),
+        denoise_phase(unet, scheduler, shape, kind=DenoiseFromImage, noisy=bool(start)),
         DecodeLatents(vae.config, vae.module),
     )
     return Job(phases, batch, {"denoise": control}, count)
@@ -141,20 +154,32 @@ def _inpainting(condition: Conditioning, pipeline: Any, words: Mapping[str, Any]
             f"inpainting needs a network of {channels} or {2 * channels + 1} input channels, this "
             f"one has {unet.config.in_channels}"
         )
+    if told and words.get("denoising_start") is not None:
+        raise ValueError(
+            "a network of its own for inpainting is told what is known of the image, so it cannot "
+            "go on from latents alone: leave denoising_start out, or take a network of "
+            f"{channels} input channels"
+        )
     encoding, batch = condition(pipeline, words, texts, pixels, guided)
-    image, _ = _image_batch(words, vae, count, pixels)
+    image, found = _image_batch(words, vae, count, pixels)
+    if found != size:
+        raise ValueError(f"image must have latents of {size}, as height and width say, got {found}")
     mask = for_each_image(
         masks_of(words["mask_image"], "mask_image", size=pixels), count, "mask_image"
     )
+    control = control_of(scheduler, words, guide)
+    start = _start_of(words, image, scheduler, control)
     batch = {
         **batch,
         **image,
+        **start,
         **noise_of(words, count, shape),
         **guidance_condition(words, unet, count),
         "mask": nearest_resize(jnp.asarray(mask), *size),
     }
     # With latents of the caller's own, or at full strength, nothing of the image is in the start.
     from_noise = number(words, "strength", 0.0, 1.0) == 1.0 or words["latents"] is not None
+    from_noise = from_noise and not start
     encode = [EncodeImage(vae.config, vae.module)]
     kind: type[Denoise2D] = DenoiseKeeping
     if told:
@@ -176,10 +201,10 @@ def _inpainting(condition: Conditioning, pipeline: Any, words: Mapping[str, Any]
     phases = (
         *encoding,
         *encode,
-        denoise_phase(unet, scheduler, shape, kind=kind, from_noise=from_noise),
+        denoise_phase(unet, scheduler, shape, kind=kind, from_noise=from_noise, noisy=bool(start)),
         DecodeLatents(vae.config, vae.module),
     )
-    return Job(phases, batch, {"denoise": control_of(scheduler, words, guide)}, count)
+    return Job(phases, batch, {"denoise": control}, count)
 
 
 def _repaint(pipeline: Any, words: Mapping[str, Any]) -> Job:

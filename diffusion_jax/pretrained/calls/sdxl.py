@@ -226,10 +226,11 @@ _WITH_IMAGE: Mapping[str, Any] = {
     "image": None,
     **dict.fromkeys(_SCORES),
 }
-_PART: Mapping[str, Any] = {"denoising_end": None}
+_END: Mapping[str, Any] = {"denoising_end": None}
+_PART: Mapping[str, Any] = {**_END, "denoising_start": None}
 
-TEXT_TO_IMAGE = Task("text_to_image", {**_WORDS, **SIZE, **_PART}, (), _text_to_image)
-IMAGE_TO_IMAGE = image_to_image(
-    {**_WITH_IMAGE, **_PART, "denoising_start": None, "strength": 0.3}, _condition
+TEXT_TO_IMAGE = Task("text_to_image", {**_WORDS, **SIZE, **_END}, (), _text_to_image)
+IMAGE_TO_IMAGE = image_to_image({**_WITH_IMAGE, **_PART, "strength": 0.3}, _condition)
+INPAINTING = inpainting(
+    {**_WITH_IMAGE, **_PART, **SIZE, "strength": 0.9999, "mask_image": None}, _condition
 )
-INPAINTING = inpainting({**_WITH_IMAGE, **SIZE, "strength": 0.9999, "mask_image": None}, _condition)

@@ -10,6 +10,7 @@ from diffusion_jax.samplers import DDIM
 from diffusion_jax.systems.phases import run_steps
 
 CHECKPOINTS = Path(__file__).parents[2] / "parity" / "cases" / "pipelines" / "ckpt"
+INPAINTING = Path(__file__).parents[1] / "data_sdxl_inpainting" / "case.npz"
 WORDS = {"prompt": "a cat", "num_inference_steps": 8, "output_type": "np", "seed": 3}
 SIZE = {"height": 16, "width": 16}
 
@@ -29,6 +30,36 @@ def test_halves_of_the_way_are_the_way(pipeline, sampler):
     np.testing.assert_allclose(second, whole, atol=1e-5)
     third = pipeline(**words, image=first, denoising_start=0.75).images
     assert np.abs(third - whole).max() > 1e-2
+
+
+# With the rest of the folder's own scheduler, whose β and spacing it has.
+DDIM_SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
+
+
+@pytest.mark.parametrize("scheduler", ["euler", "ddim"])
+def test_inpainting_in_two_parts_is_that_of_diffusers(pipeline, scheduler):
+    """Strength 0.9999 leaves out a step; Euler's samples are x / α, what is known is not."""
+    if scheduler == "ddim":
+        pipeline = pipeline.replace(scheduler=from_config(DDIM_SCHEDULER))
+    case = dict(np.load(INPAINTING))
+    nhwc = {name: np.moveaxis(a, 1, -1) for name, a in case.items() if a.ndim == 4}
+    words = {**WORDS, **SIZE, "mask_image": case["mask"], "output_type": "latent"}
+    start = {"image": nhwc["image"], "latents": nhwc["noise"]}
+    first = nhwc[f"{scheduler}_first"]
+    going_on = {"image": first, "latents": nhwc["second_noise"], "denoising_start": 0.5}
+    for name, call in (
+        ("first", {**start, "denoising_end": 0.5}),
+        ("second", going_on),
+        ("whole", start),
+    ):
+        images = np.asarray(pipeline(**words, **call).images)
+        np.testing.assert_allclose(images, nhwc[f"{scheduler}_{name}"], atol=5e-4, err_msg=name)
 
 
 def test_shares_and_strength_do_not_compile_again(pipeline):
@@ -61,6 +92,18 @@ def test_shares_and_strength_do_not_compile_again(pipeline):
             },
             "must be smaller than denoising_end",
         ),
+        (
+            {
+                "image": np.zeros((16, 16, 3)),
+                "mask_image": np.zeros((16, 16)),
+                "denoising_start": 0.5,
+            },
+            "must be latents",
+        ),
+        (
+            {"image": np.zeros((1, 4, 4, 4), np.float32), "mask_image": np.zeros((16, 16))},
+            r"image must have latents of \(8, 8\), as height and width say, got \(4, 4\)",
+        ),
         ({"image": np.zeros((16, 16, 3)), "aesthetic_score": float("nan")}, "aesthetic_score"),
         ({"image": np.zeros((16, 16, 3)), "negative_target_size": 3}, "two numbers of pixels"),
         ({"image": np.zeros((16, 16, 3)), "mask_image": np.zeros((16, 16)), "strength": 2.0}, "st"),
@@ -70,6 +113,13 @@ def test_bad_words_are_refused_by_name(pipeline, words, message):
     sized = {} if "image" in words and "mask_image" not in words else SIZE
     with pytest.raises(ValueError, match=message):
         pipeline(**WORDS, **sized, **words)
+
+
+def test_a_network_told_what_is_known_cannot_go_on_from_latents():
+    told = from_pretrained(CHECKPOINTS / "E12c_sdxl_inp9")
+    image = {"image": np.full((16, 16, 3), 0.5, np.float32), "mask_image": np.ones((16, 16))}
+    with pytest.raises(ValueError, match="leave denoising_start out, or take a network of 4"):
+        told(**WORDS, **SIZE, **image, denoising_start=0.5)
 
 
 def test_what_the_network_is_not_told_is_refused(pipeline):
