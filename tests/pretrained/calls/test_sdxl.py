@@ -32,7 +32,7 @@ def test_halves_of_the_way_are_the_way(pipeline, sampler):
     assert np.abs(third - whole).max() > 1e-2
 
 
-# With the rest of the folder's own scheduler, whose β and spacing it has.
+# β and spacing of the folder's own scheduler.
 DDIM_SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "beta_start": 0.00085,
