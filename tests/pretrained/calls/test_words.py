@@ -10,9 +10,10 @@ import pytest
 
 from diffusion_jax.core.arrays import image_keys
 from diffusion_jax.models import attention
-from diffusion_jax.pretrained import from_pretrained
+from diffusion_jax.pretrained import from_config, from_pretrained
 from diffusion_jax.pretrained.calls import task_of
-from diffusion_jax.pretrained.calls.base import completed
+from diffusion_jax.pretrained.calls.base import completed, control_of
+from diffusion_jax.pretrained.calls.image_to_image import INPAINTING
 from diffusion_jax.samplers import DDIM
 from diffusion_jax.systems.phases import draw_all, run_steps
 from diffusion_jax.training.parallel import make_mesh
@@ -238,3 +239,14 @@ def test_autoencoders_work_image_by_image_and_in_tiles(pipeline):
     unconditional = from_pretrained(CHECKPOINTS / "E09_ddpm_ddim_pipelines")
     with pytest.raises(ValueError, match="with an autoencoder"):
         unconditional(num_inference_steps=2, vae_tiling=True)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_own_samplers_start_with_the_noise_of_the_first_level_that_is_run(strength):
+    """Pure noise is N(0, σ²) in this schedule, where inpainting with latents begins later too."""
+    scheduler = from_config({"_class_name": "EDMEulerScheduler"})
+    words = {**INPAINTING.words, "num_inference_steps": 6, "sampler": "ddim", "strength": strength}
+    control = control_of(scheduler, words)
+    sigma = np.asarray(control.grid.levels.sigma)
+    assert control.start_std == sigma[0 if strength == 1.0 else 3]
+    assert sigma[3] < sigma[0]
